@@ -1,0 +1,1 @@
+"""ai-toolkit behind the port: its YAML, its process, its results."""

@@ -1,0 +1,1 @@
+"""DiffSynth-Studio behind LoraPort's port."""

@@ -1,0 +1,280 @@
+"""What DiffSynth-Studio 2.1 does with every field of the spec. No torch.
+
+Read and tried in 2.1.12. What can be said in its own arguments is said there; what only its public classes can do
+(alpha, seed, the mean and deviation of the noise levels, the weight of an image) our entry asks of them, so with the
+option `script`, which runs a checkout's own training script instead, those fall back to DiffSynth's fixed values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loraport.planning import Verdict, VerdictTable
+from loraport.spec.models import TrainSpec, leaf_fields, value_at
+
+OPTIONS = {
+    "script": "path of a checkout's examples/ideogram4/model_training/train.py, to run instead of LoraPort's entry",
+    "split": "true or false: encode images and captions first, then train with the transformer alone in memory",
+    "arguments": "list of further arguments for DiffSynth, put after all others",
+}
+
+#: spec's optimizer → the dotted class that DiffSynth makes with a learning rate and a weight decay.
+OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "adafactor": "torch.optim.Adafactor",
+    "prodigy": "prodigyopt.Prodigy",
+    "lion": "lion_pytorch.Lion",
+}
+
+#: spec's quantisation → DiffSynth's method.
+METHODS = {"fp8": "torchao_fp8_w8a16", "int8": "torchao_int8_w8a16", "nf4": "bitsandbytes_nf4"}
+
+#: Hub checkpoints whose weights are stored so already, which DiffSynth then keeps whatever it is told.
+PREQUANTIZED = {"ideogram-ai/ideogram-4-fp8": "fp8", "ideogram-ai/ideogram-4-nf4": "nf4"}
+
+MAX_TEXT_TOKENS = 2048  #: DiffSynth's own limit
+
+
+def is_local(spec: TrainSpec) -> bool:
+    """Whether a resolved spec's checkpoint is a folder (by then an absolute path) or made on the spot, not a hub id."""
+    return spec.model.checkpoint.startswith("/") or spec.model.checkpoint == "tiny"
+
+
+def is_split(spec: TrainSpec) -> bool:
+    """Whether encoding and training are two phases, so that the text encoder and the transformer never meet in memory:
+    as the option says, else wherever the spec saves memory and it can be done."""
+    chosen = spec.backend.options.get("split")
+    if isinstance(chosen, bool):
+        return chosen
+    return (spec.memory.quantize != "none" or spec.memory.offload != "none") and not _cannot_split(spec)
+
+
+def _cannot_split(spec: TrainSpec) -> bool:
+    """A checkout's script keeps the transformer on disk while it encodes, which fails for one stored quantised."""
+    return own_script(spec) is not None and spec.model.checkpoint in PREQUANTIZED
+
+
+def own_script(spec: TrainSpec) -> str | None:
+    """The training script of a checkout that is to be run instead of our entry, or None."""
+    script = spec.backend.options.get("script")
+    return script if isinstance(script, str) else None
+
+
+def verdicts(spec: TrainSpec, resume: bool = False) -> list[Verdict]:
+    """One verdict for each field."""
+    table = VerdictTable(spec)
+    table.exact("version", "name", reason="names the run and its files")
+    _model(table)
+    _dataset(table)
+    _lora(table)
+    _train(table, resume)
+    _memory(table)
+    _outputs(table)
+    table.exact("backend.name", reason="this backend")
+    table.exact("backend.python", reason="interpreter that runs DiffSynth; when left out, its environment's")
+    _options(table)
+    return table.finish()
+
+
+def _model(table: VerdictTable) -> None:
+    model = table.spec.model
+    table.choose("model.family", ["ideogram4"], "DiffSynth's Ideogram 4 pipeline", "choose another backend")
+    table.exact("model.checkpoint", reason="official layout, as a folder or a Hugging Face id; or tiny")
+    if model.revision is None:
+        table.exact("model.revision", reason="none asked for")
+    elif is_local(table.spec):
+        table.ignored("model.revision", reason="a folder has no revisions")
+    else:
+        table.refused(
+            "model.revision",
+            reason="DiffSynth downloads the newest only; download that revision and set model.checkpoint to its folder",
+        )
+    if model.dtype == "bf16":
+        table.exact("model.dtype", reason="fixed in DiffSynth, for the LoRA's weights too (no float32 masters)")
+    else:
+        table.defaulted("model.dtype", reason="bf16: fixed in DiffSynth, for the LoRA's weights too")
+
+
+def _dataset(table: VerdictTable) -> None:
+    spec = table.spec
+    table.exact(
+        "dataset.path",
+        "dataset.caption_ext",
+        "dataset.default_caption",
+        reason="read in place; DiffSynth gets copies in the run folder and captions as strings in metadata.jsonl",
+    )
+    table.exact("dataset.trigger_word", reason="placed inside a JSON caption, in front of a plain one")
+    table.exact(
+        "dataset.repeats",
+        "dataset.regularization.path",
+        "dataset.regularization.caption_ext",
+        "dataset.regularization.repeats",
+        reason="one row of metadata.jsonl for each time an image is trained; DiffSynth shuffles all of them together",
+    )
+    table.exact(
+        "dataset.resolution",
+        "dataset.aspect_buckets",
+        "dataset.upscale",
+        "dataset.flip",
+        reason="the copies have their final size, so DiffSynth neither scales nor crops them",
+    )
+    table.exact("dataset.caption_dropout", reason="that share of the rows has an empty caption")
+    limit = spec.dataset.max_text_tokens
+    if limit == MAX_TEXT_TOKENS or (limit < MAX_TEXT_TOKENS and not own_script(spec)):
+        table.exact("dataset.max_text_tokens", reason="a longer caption stops the run, by name")
+    else:
+        table.defaulted("dataset.max_text_tokens", reason=f"{MAX_TEXT_TOKENS}: fixed in DiffSynth")
+    if not own_script(spec) or spec.dataset.regularization.weight == 1:
+        table.exact("dataset.regularization.weight", reason="factor on the loss of those rows")
+    else:
+        table.refused("dataset.regularization.weight", reason="a checkout's script knows no weights: set it to 1")
+
+
+def _lora(table: VerdictTable) -> None:
+    lora, script = table.spec.lora, own_script(table.spec)
+    table.choose("lora.type", ["lora"], "trained by peft", "DiffSynth trains nothing else: choose lora, or native")
+    table.exact("lora.rank", reason="--lora_rank")
+    plain = not lora.rslora and lora.effective_alpha == lora.rank
+    if script and not plain:
+        table.defaulted("lora.alpha", "lora.rslora", reason="alpha = rank: fixed in a checkout's script")
+    elif script:
+        table.exact("lora.alpha", "lora.rslora", reason="alpha = rank, as DiffSynth fixes it")
+    else:
+        table.exact("lora.alpha", "lora.rslora", reason="given to DiffSynth's add_lora_to_model as its lora_alpha")
+    if lora.dora:
+        table.refused("lora.dora", reason="DiffSynth trains no DoRA: set it to false, or choose native")
+    else:
+        table.exact("lora.dora", reason="not asked for")
+    if lora.dropout:
+        table.defaulted("lora.dropout", reason="0: DiffSynth has no dropout on the adapter's input")
+    else:
+        table.exact("lora.dropout", reason="none, as in DiffSynth")
+    if script and isinstance(lora.targets, list) and any("," in pattern for pattern in lora.targets):
+        table.refused("lora.targets", reason="a checkout's script splits them at commas: write patterns without")
+    else:
+        table.exact("lora.targets", reason="one regular expression over whole module names; q, k and v are one module")
+    if lora.factor == -1:
+        table.exact("lora.factor", reason="only for lokr; left at its default")
+    else:
+        table.ignored("lora.factor", reason="only for lokr")
+
+
+def _train(table: VerdictTable, resume: bool) -> None:
+    spec = table.spec
+    train, script = spec.train, own_script(spec)
+    table.exact("train.steps", reason="as many rows of metadata.jsonl as are trained, in one epoch")
+    if train.batch_size == 1:
+        table.exact("train.batch_size", "train.gradient_accumulation", reason="DiffSynth takes image by image")
+    else:
+        table.approximated(
+            "train.batch_size",
+            "train.gradient_accumulation",
+            reason=f"DiffSynth's batch is always 1: {train.batch_size * train.gradient_accumulation} images are "
+            "accumulated one by one, which gives the same mean gradient",
+        )
+    table.exact("train.learning_rate", reason="--learning_rate")
+    if train.optimizer == "adafactor":
+        table.approximated("train.optimizer", reason="torch's Adafactor, which scales its rate by each factor's size")
+    elif resume:
+        table.approximated("train.optimizer", reason="DiffSynth keeps weights only: its state begins anew on resume")
+    else:
+        table.exact("train.optimizer", reason=f"--customized_optimizer {OPTIMIZERS[train.optimizer]}")
+    table.exact("train.weight_decay", reason="--weight_decay")
+    if train.lr_scheduler == "constant":
+        table.exact("train.lr_scheduler", reason="constant after DiffSynth's own warm-up")
+    else:
+        table.defaulted("train.lr_scheduler", reason="constant: DiffSynth has no other")
+    if train.lr_cycles == 1:
+        table.exact("train.lr_cycles", reason="none asked for")
+    else:
+        table.ignored("train.lr_cycles", reason="only for lr_scheduler: cosine_with_restarts")
+    table.defaulted("train.warmup_steps", reason="DiffSynth's first five steps run at a third of the learning rate")
+    if train.max_grad_norm:
+        table.defaulted("train.max_grad_norm", reason="0: DiffSynth does not clip")
+    else:
+        table.exact("train.max_grad_norm", reason="no clipping, as in DiffSynth")
+    table.exact("train.seed", reason="set before DiffSynth starts: same seed and machine, same LoRA")
+    if train.ema_decay:
+        table.defaulted("train.ema_decay", reason="0: DiffSynth averages nothing")
+    else:
+        table.exact("train.ema_decay", reason="off, as in DiffSynth")
+    if script:
+        table.defaulted(
+            "train.timestep_mean",
+            "train.timestep_std",
+            reason="0 and 1.5, at 1024x1024 for every image, weighted by a Gaussian: fixed in a checkout's script",
+        )
+    else:
+        table.approximated(
+            "train.timestep_mean",
+            "train.timestep_std",
+            reason="a thousand levels of that distribution, shifted for each image's size; DiffSynth's Gaussian weight "
+            "in the loss favours those in the middle",
+        )
+
+
+def _memory(table: VerdictTable) -> None:
+    spec = table.spec
+    memory, stored = spec.memory, PREQUANTIZED.get(spec.model.checkpoint)
+    table.exact("memory.profile", reason="already filled into the fields below")
+    split = "; encoding and training are two phases" if is_split(spec) else ""
+    if stored and memory.quantize != stored:
+        other = next((name for name, kind in PREQUANTIZED.items() if kind == memory.quantize), None)
+        table.defaulted(
+            "memory.quantize",
+            reason=f"{stored}: DiffSynth keeps that checkpoint's weights as they are stored"
+            + (f"; for {memory.quantize} train on {other}" if other else "")
+            + split,
+        )
+    elif stored:
+        table.exact("memory.quantize", reason=f"the checkpoint is stored so, the text encoder too{split}")
+    else:
+        how = "--quant_options, for the text encoder too" if memory.quantize != "none" else "stored as they are"
+        table.choose("memory.quantize", ["none", *METHODS], how + split, "choose one of these")
+    if memory.offload == "group":
+        table.approximated("memory.offload", reason="--enable_model_cpu_offload: single layers visit the device")
+    else:
+        table.choose("memory.offload", ["none", "group"], "everything stays on the device", "choose one of these")
+    if memory.compile == "none":
+        table.exact("memory.compile", reason="no compilation, as in DiffSynth")
+    else:
+        table.defaulted("memory.compile", reason="none: DiffSynth does not compile")
+    table.exact("memory.gradient_checkpointing", reason="--use_gradient_checkpointing")
+
+
+def _outputs(table: VerdictTable) -> None:
+    table.exact("save.every", "save.keep", reason="LoRA weights alone, which is all that DiffSynth saves")
+    table.exact("save.dtype", reason="number format of the ComfyUI file; training is in bf16")
+    for section, what in (("sample", "draws no samples"), ("validation", "measures no held-out loss")):
+        used = bool(value_at(table.spec, f"{section}.every"))
+        for path, field in leaf_fields().items():
+            if path.startswith(f"{section}."):
+                if not used and value_at(table.spec, path) == field.get_default(call_default_factory=True):
+                    table.exact(path, reason="not asked for")
+                else:
+                    table.ignored(path, reason=f"DiffSynth {what} while it trains")
+
+
+def _options(table: VerdictTable) -> None:
+    options = table.spec.backend.options
+    unknown = sorted(set(options) - set(OPTIONS))
+    wrong = [name for name, right in _TYPES.items() if name in options and not right(options[name])]
+    if unknown or wrong:
+        known = "; ".join(f"{name}: {what}" for name, what in OPTIONS.items())
+        table.refused("backend.options", reason=f"not usable: {', '.join(unknown + wrong)}. Known: {known}")
+    elif is_split(table.spec) and _cannot_split(table.spec):
+        table.refused("backend.options", reason="a checkout's script cannot split this checkpoint: leave split out")
+    else:
+        table.exact("backend.options", reason="only this backend reads them: not portable" if options else "none given")
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+_TYPES = {
+    "script": lambda value: isinstance(value, str) and value.startswith("/"),
+    "split": lambda value: isinstance(value, bool),
+    "arguments": _strings,
+}

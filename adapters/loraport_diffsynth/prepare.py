@@ -1,0 +1,148 @@
+"""What DiffSynth reads: images at their final size, rows of captions, and the files of a local checkpoint. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import ImageOps
+
+from loraport.buckets import bucket_for, fit
+from loraport.dataset import Item, load_image, scan
+from loraport.errors import BackendError, DataError
+from loraport.files import atomic_path, write_atomic
+from loraport.ideogram4 import IDEOGRAM4
+from loraport.lora.storage import read_tensors
+from loraport.spec.models import DatasetSection, TrainSpec
+from loraport.staging import captioned_items
+from loraport_diffsynth.translate import CHECKPOINT, TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as it is trained. `file` is its name in DiffSynth's data set."""
+
+    file: str
+    caption: str
+    repeats: int
+    weight: float
+
+    def row(self, dropped: bool = False) -> str:
+        """Its line of metadata.jsonl; a dropped caption is empty."""
+        content = {"image": self.file, "prompt": "" if dropped else self.caption, "loss_weight": self.weight}
+        return json.dumps(content, ensure_ascii=False)
+
+
+def write_pictures(spec: TrainSpec, folder: Path, tell: Callable[[int, int], None]) -> list[Picture]:
+    """Write every image that is trained to `folder`: RGB, upright, at its final size, mirrored too if the spec says so.
+
+    Images that are there already stay. `tell` hears how many are done, and of how many. Raises DataError for what is
+    wrong with images or captions.
+    """
+    dataset, regular = spec.dataset, spec.dataset.regularization
+    sources = [(item, dataset.repeats, 1.0) for item in captioned_items(spec, IDEOGRAM4)]
+    if regular.path is not None:
+        items = scan(regular.path, regular.caption_ext)
+        sources += [(item, regular.repeats, regular.weight) for item in items]
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for done, (item, repeats, weight) in enumerate(sources, start=1):
+        for mirrored in (False, True) if dataset.flip else (False,):
+            pictures.append(Picture(_write(item, dataset, mirrored, folder), item.caption, repeats, weight))
+        tell(done, len(sources))
+    return pictures
+
+
+def _write(item: Item, dataset: DatasetSection, mirrored: bool, folder: Path) -> str:
+    """Write one image unless it is there; its name tells what it was made from."""
+    if min(item.size) < IDEOGRAM4.side_multiple and not dataset.upscale:
+        raise DataError(f"{item.image} is smaller than 16 pixels.", hint="Take it out, or set dataset.upscale: true.")
+    bucket = bucket_for(item.size, dataset.resolution, upscale=dataset.upscale, aspect_buckets=dataset.aspect_buckets)
+    status = item.image.stat()
+    made_from = f"{item.image.resolve()}|{status.st_mtime_ns}|{status.st_size}|{bucket}|{mirrored}"
+    name = hashlib.sha256(made_from.encode()).hexdigest()[:20] + ".png"
+    if not (folder / name).is_file():
+        image = fit(load_image(item), bucket)
+        with atomic_path(folder / name) as draft:
+            (ImageOps.mirror(image) if mirrored else image).save(draft, format="PNG", compress_level=1)
+    return name
+
+
+def draw(pictures: list[Picture], count: int, dropout: float, seed: int) -> list[tuple[int, bool]]:
+    """Which picture each of `count` forward passes trains, and whether without its caption.
+
+    Whole epochs in which each picture comes `repeats` times, as far as they go, each shuffled.
+    """
+    chance = random.Random(seed)
+    epoch = [number for number, picture in enumerate(pictures) for _ in range(picture.repeats)]
+    order: list[int] = []
+    while len(order) < count:
+        chance.shuffle(epoch)
+        order += epoch
+    return [(number, chance.random() < dropout) for number in order[:count]]
+
+
+def write_rows(pictures: list[Picture], drawn: list[tuple[int, bool]], path: Path) -> None:
+    """metadata.jsonl of a training in one phase: one row for each forward pass."""
+    write_atomic(path, "".join(pictures[number].row(dropped) + "\n" for number, dropped in drawn))
+
+
+def write_encoding_rows(pictures: list[Picture], dropout: float, path: Path) -> None:
+    """The rows to encode once: each picture with its caption, and then, if captions are dropped, each without."""
+    variants = (False, True) if dropout else (False,)
+    write_atomic(path, "".join(picture.row(dropped) + "\n" for dropped in variants for picture in pictures))
+
+
+def link_order(pictures: list[Picture], drawn: list[tuple[int, bool]], cache: Path, folder: Path) -> None:
+    """A link for each forward pass to what DiffSynth has encoded, in rows as `write_encoding_rows` wrote them."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    for turn, (number, dropped) in enumerate(drawn):
+        row = number + (len(pictures) if dropped else 0)
+        (folder / f"{turn:07d}.pth").symlink_to(cache / f"{row}.pth")
+
+
+def lay_out_checkpoint(checkpoint: str, backend: Path) -> bool:
+    """Link a local checkpoint (or write a tiny one) to `backend`; whether its weights are stored quantised.
+
+    Raises DataError for a folder without DiffSynth's files.
+    """
+    link = backend / CHECKPOINT
+    if checkpoint == "tiny":
+        if not link.is_dir():
+            _write_tiny(link)
+    else:
+        link.unlink(missing_ok=True)
+        link.symlink_to(checkpoint)
+    missing = [name for name in (TRANSFORMER, TEXT_ENCODER, VAE, TOKENIZER) if not (link / name).exists()]
+    if missing:
+        raise DataError(
+            f"The checkpoint {checkpoint} lacks {', '.join(missing)}.",
+            hint="DiffSynth reads the official layout with one file for each model, as in ideogram-ai/ideogram-4-fp8.",
+        )
+    keys = set(read_tensors(link / TRANSFORMER))
+    if "layers.0.attention.qkv.weight" not in keys:
+        raise DataError(
+            f"The transformer in {checkpoint} is not in the official layout (there is no layers.0.attention.qkv).",
+            hint="DiffSynth cannot read diffusers' split attention: use the official files, or the native backend.",
+        )
+    return any(key.endswith(".weight_scale") or "quant_state" in key for key in keys)
+
+
+def _write_tiny(folder: Path) -> None:
+    """A random checkpoint, by the command `loraport tiny`, which the native trainer brings."""
+    command = [sys.executable, "-m", "loraport.cli.main", "tiny", "ideogram4", str(folder), "--layout", "official"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise BackendError(
+            f"The tiny checkpoint could not be written: {''.join(last)}",
+            hint="`loraport tiny` makes it, which needs: pip install 'loraport[native]'",
+        )

@@ -1,0 +1,244 @@
+"""From a spec's dataset to what the training loop reads: samples whose latents and text features are cached."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraport.buckets import Size, bucket_for
+from loraport.dataset import Item, scan
+from loraport.errors import DataError
+from loraport.families import Family, check_family
+from loraport.plugins import plugins
+from loraport.run.events import Event, PhaseStarted, Warn
+from loraport.spec.models import TrainSpec
+from loraport_native import features
+from loraport_native.cache import Store, cache_folder, key
+from loraport_native.features import LATENTS, TEXT, Picture
+from loraport_native.models.checkpoint import Checkpoint, load_tokenizer
+from loraport_native.models.latents import PIXELS
+from loraport_native.models.text import tokenize
+from loraport_native.models.weights import Weights
+
+_PROBLEMS_TOLD = 10
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as it is trained. `latents` and `text` are cache keys, `bucket` is (width, height) in pixels."""
+
+    name: str
+    latents: str
+    text: str
+    bucket: Size
+    weight: float = 1.0  #: factor on the loss
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Everything the loop reads. Texts are cache keys, for `text`."""
+
+    store: Store = field(repr=False)
+    samples: list[Sample]
+    held_out: list[Sample]
+    empty_text: str  #: what a dropped caption becomes
+    extra_texts: dict[str, str]  #: of each caption that was asked for besides the dataset's
+
+    def latents(self, sample: Sample) -> Tensor:
+        """The sample's image tokens (N, channels), float32, on the CPU."""
+        return self.store.read(LATENTS, sample.latents)[LATENTS]
+
+    def text(self, text_key: str) -> Tensor:
+        """Projected text features (T, hidden) in the dtype they were prepared in, on the CPU."""
+        return self.store.read(TEXT, text_key)[TEXT]
+
+
+def prepare(
+    spec: TrainSpec,
+    checkpoint: Checkpoint,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    emit: Callable[[Event], None],
+    extra_captions: Iterable[str] = (),
+) -> TrainingSet:
+    """Read and check the dataset, and compute what the cache lacks: first all latents, then all text features.
+
+    A model is loaded only when something of its is missing, and is gone before the next one comes.
+    `extra_captions` (prompts to draw) are encoded as they are. Raises DataError for what is wrong with images
+    and captions (before any model is loaded, but for damaged pixels) and RunFolderError for a cache that cannot
+    be written.
+    """
+    store = Store(cache_folder(), lambda path: emit(Warn(message=f"{path} was damaged; it is computed anew.")))
+    family = check_family(spec, plugins().families())
+    pictures: dict[str, Picture] = {}
+    sources: dict[str, str] = {"": "the empty caption"}
+
+    def text_key(caption: str) -> str:
+        limit = spec.dataset.max_text_tokens
+        return key("text", caption, checkpoint.identity, limit, str(dtype))
+
+    def sample(entry: _Entry) -> Sample:
+        picture = entry.picture
+        image = entry.picture.item.image.read_bytes()
+        latents = key("image", image, picture.bucket, picture.mirrored, checkpoint.identity)
+        pictures.setdefault(latents, picture)
+        sources.setdefault(entry.caption, entry.name)
+        return Sample(entry.name, latents, text_key(entry.caption), picture.bucket, entry.weight)
+
+    trained, held_out = _entries(spec, family)
+    samples = [one for entry in trained for one in [sample(entry)] * entry.repeats]
+    validation = [sample(entry) for entry in held_out]
+    extra_captions = list(extra_captions)
+    for caption in extra_captions:
+        sources.setdefault(caption, "a prompt")
+    captions = {caption: text_key(caption) for caption in sources}
+
+    missing_pictures = {name: picture for name, picture in pictures.items() if not store.has(LATENTS, name)}
+    missing_captions = {name: text for text, name in captions.items() if not store.has(TEXT, name)}
+    tokens = _count_tokens(missing_captions, sources, checkpoint, spec.dataset.max_text_tokens)
+    expected = _expected_bytes(missing_pictures.values(), tokens, checkpoint, dtype)
+
+    told = f"{len(missing_pictures)} of {len(pictures)} images to encode"
+    told += f"; the cache will grow by about {_size(expected)}" if expected else ""
+    emit(PhaseStarted(phase="cache", detail=told))
+    features.encode_images(missing_pictures, checkpoint, device, store, emit)
+    emit(PhaseStarted(phase="cache", detail=f"{len(missing_captions)} of {len(captions)} captions to encode"))
+    features.encode_captions(missing_captions, checkpoint, spec.dataset.max_text_tokens, dtype, device, store, emit)
+
+    entries = [*((LATENTS, name) for name in pictures), *((TEXT, name) for name in captions.values())]
+    print(f"The cache holds {_size(store.size(entries))} for this dataset, in {store.root}", flush=True)
+    extra = {caption: captions[caption] for caption in extra_captions}
+    return TrainingSet(store, samples, validation, captions[""], extra)
+
+
+def epoch_batches(samples: list[Sample], batch_size: int, seed: int, epoch: int) -> list[list[Sample]]:
+    """The batches of an epoch, shuffled by (seed, epoch). A batch never mixes buckets, so some are smaller.
+
+    Every sample comes exactly once, and every epoch has the same number of batches.
+    """
+    order = random.Random(f"{seed}/{epoch}")
+    groups: defaultdict[Size, list[Sample]] = defaultdict(list)
+    for sample in order.sample(samples, len(samples)):
+        groups[sample.bucket].append(sample)
+    batches = [
+        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
+    ]
+    order.shuffle(batches)
+    return batches
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A picture with its place in the training."""
+
+    name: str
+    picture: Picture
+    caption: str
+    repeats: int = 1
+    weight: float = 1.0
+
+
+def _entries(spec: TrainSpec, family: Family) -> tuple[list[_Entry], list[_Entry]]:
+    """What is trained and what is held out. The trigger word goes into all captions but the regularisation's."""
+    dataset, regularization, validation = spec.dataset, spec.dataset.regularization, spec.validation
+
+    def entry(
+        root: Path, item: Item, mirrored: bool = False, trigger: bool = True, repeats: int = 1, weight: float = 1.0
+    ) -> _Entry:
+        caption = item.caption
+        if trigger and dataset.trigger_word:
+            caption = family.place_trigger(caption, dataset.trigger_word)
+        bucket = bucket_for(
+            item.size, dataset.resolution, family.side_multiple, dataset.upscale, dataset.aspect_buckets
+        )
+        name = item.image.relative_to(root).as_posix()
+        return _Entry(name, Picture(item, bucket, mirrored), caption, repeats, weight)
+
+    def read(root: Path, extension: str, default: str | None) -> list[Item]:
+        items = scan(root, extension, default)
+        if not dataset.upscale:
+            _refuse_tiny(root, items, family.side_multiple)
+        return items
+
+    items = read(dataset.path, dataset.caption_ext, dataset.default_caption)
+    held_out: list[_Entry] = []
+    if validation.every and validation.path:
+        others = read(validation.path, dataset.caption_ext, dataset.default_caption)
+        held_out = [entry(validation.path, item) for item in others]
+    elif validation.every:
+        if validation.images >= len(items):
+            raise DataError(
+                f"validation.images holds {validation.images} of {len(items)} images out of {dataset.path}; "
+                "none is left to train.",
+                hint="Hold out fewer, give a folder with validation.path, or set validation.every to 0.",
+            )
+        held_out = [entry(dataset.path, item) for item in items[-validation.images :]]
+        items = items[: -validation.images]
+    trained = [
+        entry(dataset.path, item, mirrored, repeats=dataset.repeats)
+        for item in items
+        for mirrored in ((False, True) if dataset.flip else (False,))
+    ]
+    if regularization.path:
+        trained += [
+            entry(
+                regularization.path,
+                item,
+                trigger=False,
+                repeats=regularization.repeats,
+                weight=regularization.weight,
+            )
+            for item in read(regularization.path, regularization.caption_ext, None)
+        ]
+    return trained, held_out
+
+
+def _refuse_tiny(root: Path, items: list[Item], multiple: int) -> None:
+    tiny = [
+        f"{item.image.relative_to(root).as_posix()}: {item.size[0]} x {item.size[1]} px"
+        for item in items
+        if min(item.size) < multiple
+    ]
+    if tiny:
+        raise DataError(
+            _listed(f"Images in {root} have a side of less than {multiple} px:", tiny),
+            hint="Take them out or set dataset.upscale: true.",
+        )
+
+
+def _count_tokens(captions: Mapping[str, str], sources: Mapping[str, str], checkpoint: Checkpoint, limit: int) -> int:
+    """Tokens of all captions (key → caption). Raises DataError naming each caption that has more than `limit`."""
+    if not captions:
+        return 0
+    tokenizer = load_tokenizer(checkpoint)
+    counts = {caption: len(tokenize(tokenizer, caption, sys.maxsize)) for caption in captions.values()}
+    long = [f"{sources[caption]}: {count:,} tokens" for caption, count in counts.items() if count > limit]
+    if long:
+        raise DataError(
+            _listed(f"Captions are longer than dataset.max_text_tokens, which is {limit:,}:", long),
+            hint="Shorten them or raise dataset.max_text_tokens.",
+        )
+    return sum(counts.values())
+
+
+def _expected_bytes(pictures: Iterable[Picture], tokens: int, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    channels = Weights(checkpoint.transformer).shape("input_proj.weight")[1]
+    hidden, _ = features.text_widths(checkpoint)
+    image_tokens = sum(picture.bucket[0] * picture.bucket[1] // PIXELS**2 for picture in pictures)
+    return image_tokens * channels * torch.float32.itemsize + tokens * hidden * dtype.itemsize
+
+
+def _listed(head: str, lines: list[str]) -> str:
+    more = len(lines) - _PROBLEMS_TOLD
+    return "\n  ".join([head, *lines[:_PROBLEMS_TOLD], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

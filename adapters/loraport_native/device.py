@@ -1,0 +1,58 @@
+"""Which device a run uses, and in which dtype."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+import torch
+
+from loraport.errors import SpecError
+from loraport.spec.models import TrainSpec
+
+#: fp16 is not among them: without loss scaling most of the gradient is below its smallest number.
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def choose_device(spec: TrainSpec) -> torch.device:
+    """`backend.options.device`, or the best there is: CUDA, then MPS, then the CPU. SpecError when it is not there."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = ["cuda"] * bool(cards) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    wanted = spec.backend.options.get("device", "auto")
+    if wanted == "auto":
+        return torch.device(here[0])
+    here += [f"cuda:{number}" for number in range(cards)]
+    if wanted not in here:
+        raise SpecError(f"backend.options.device: {wanted!r} is not on this machine. Here: {', '.join(here)}.")
+    return torch.device(wanted)
+
+
+def check_device(spec: TrainSpec, device: torch.device) -> None:
+    """Raise SpecError for settings that this device cannot do."""
+    if device.type == "mps" and spec.memory.quantize != "none":
+        raise SpecError(f"memory.quantize: {spec.memory.quantize} needs CUDA or a CPU; on MPS use none.")
+    if spec.memory.compile == "regional" and not any(map(shutil.which, _compilers(device))):
+        raise SpecError(
+            f"memory.compile: regional needs a compiler, {' or '.join(_compilers(device))}, and none is installed.",
+            hint="Install one, or set memory.compile: none.",
+        )
+
+
+def make_deterministic(spec: TrainSpec) -> None:
+    """With `backend.options.deterministic`, have CUDA compute the same bits every time, as a CPU does anyway.
+
+    It is not the default because attention's backward pass then takes much longer (docs/native.md). cuBLAS also needs
+    CUBLAS_WORKSPACE_CONFIG set before it starts, which the plan's environment does.
+    """
+    if spec.backend.options.get("deterministic", False):
+        torch.use_deterministic_algorithms(True)
+        # Its other effect, filling fresh memory to expose reads of it, costs time and serves debugging.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _compilers(device: torch.device) -> list[str]:
+    """Where torch.compile looks: Triton's launchers are C on CUDA; elsewhere the kernels themselves are C++."""
+    if device.type == "cuda":
+        return [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]

@@ -1,0 +1,231 @@
+"""The trainable adapter: injected into the frozen model, read out, and put back.
+
+LoRA and DoRA are peft's layers, LoKr and LoHa are lycoris-lora's. Whatever the library, an adapter's state is a flat
+dict `<module>.<factor>` → tensor, with the module's own name in the model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraport.errors import SpecError, nearest
+from loraport.families import matches
+from loraport.lora.storage import write_tensors
+from loraport.spec.models import LoraSection
+from loraport_native.dialect import FORMAT
+
+#: Names of the trained tensors in the state, by the ending of the library's parameter name.
+_PEFT_FACTORS = {
+    "lora_A.default.weight": "lora_A",
+    "lora_B.default.weight": "lora_B",
+    "lora_magnitude_vector.default.weight": "magnitude",
+}
+
+
+@dataclass
+class Adapter:
+    """An injected adapter. `factors` are the live parameters by `<module>.<factor>`; `scales` the true scale s of each
+    module's update (ΔW = s·B·A for LoRA)."""
+
+    model: nn.Module
+    factors: dict[str, nn.Parameter]
+    scales: dict[str, float]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.factors.values())
+
+
+def inject(model: nn.Module, lora: LoraSection, patterns: list[str], seed: int) -> Adapter:
+    """Freeze `model` and put an adapter on every Linear whose name a pattern matches as a whole.
+
+    The initial factors depend on `seed` alone and give an update of zero. Raises SpecError when a pattern matches no
+    Linear.
+    """
+    model.requires_grad_(False)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for pattern in patterns:
+        if not any(matches([pattern], name) for name in linears):
+            inside = next((name for name in linears if re.search(pattern, name)), None)
+            example = inside or nearest(pattern.replace("\\", ""), linears) or next(iter(linears))
+            raise SpecError(
+                f"lora.targets: {pattern!r} matches no linear module of the model; one is named {example!r}.",
+                hint="A pattern is a regular expression that matches a module's whole name.",
+            )
+    targets = [name for name in linears if matches(patterns, name)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if lora.type == "lora":
+            return _inject_peft(model, lora, targets)
+        return _inject_lycoris(model, lora, targets, linears)
+
+
+def _inject_peft(model: nn.Module, lora: LoraSection, targets: list[str]) -> Adapter:
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.effective_alpha,  # type: ignore[arg-type]  # peft computes with floats as well
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+    )
+    with warnings.catch_warnings():
+        # About merging into quantised weights, which is not done here.
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")
+        inject_adapter_in_model(config, model)
+    scales = {name: layer.scaling["default"] for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    assert set(scales) == set(targets)
+    factors: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            module, ending = _split_peft_name(name)
+            factors[f"{module}.{_PEFT_FACTORS[ending]}"] = parameter
+    return Adapter(model, factors, scales)
+
+
+def _split_peft_name(name: str) -> tuple[str, str]:
+    for ending in _PEFT_FACTORS:
+        if name.endswith("." + ending):
+            return name[: -len(ending) - 1], ending
+    raise AssertionError(f"{name} is not a peft LoRA parameter")
+
+
+def _inject_lycoris(model: nn.Module, lora: LoraSection, targets: list[str], linears: dict[str, nn.Linear]) -> Adapter:
+    from lycoris.modules.loha import LohaModule
+    from lycoris.modules.lokr import LokrModule
+
+    factors: dict[str, nn.Parameter] = {}
+    scales: dict[str, float] = {}
+    holder = nn.ModuleList()
+    for name in targets:
+        options = {"lora_dim": lora.rank, "alpha": lora.effective_alpha, "bypass_mode": True}
+        # Bypass adds the update to the layer's output, so the frozen weight may be quantised.
+        module = (
+            LokrModule(name, linears[name], factor=lora.factor, **options)
+            if lora.type == "lokr"
+            else LohaModule(name, linears[name], **options)
+        )
+        module.apply_to()
+        module.to(linears[name].weight.device)
+        holder.append(module)
+        scales[name] = float(module.scale)
+        factors |= {f"{name}.{factor}": parameter for factor, parameter in module.named_parameters()}
+    model.add_module("lycoris", holder)
+    return Adapter(model, factors, scales)
+
+
+@torch.no_grad()
+def write_adapter(path: Path, adapter: Adapter, weights: Mapping[str, torch.Tensor], family: str, step: int) -> None:
+    """Write `weights`, one for each of the adapter's factors, in float32 in the native dialect.
+
+    Not by safetensors' own writer, whose header comes in another order each time: equal runs give equal files.
+    """
+    tensors = {name: weight.float().cpu() for name, weight in weights.items()}
+    for name in [name for name in tensors if name.endswith(".magnitude")]:
+        tensors |= _dora_norms(adapter, name.removesuffix(".magnitude"), tensors)
+    metadata = {
+        "loraport.format": FORMAT,
+        "loraport.family": family,
+        "loraport.scales": json.dumps(adapter.scales),
+        "loraport.step": str(step),
+    }
+    write_tensors(path, {name: tensor.numpy() for name, tensor in tensors.items()}, metadata)
+
+
+def _dora_norms(adapter: Adapter, module: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Row norms of W and of W + s·B·A, float32 (out,): what a reader without W needs."""
+    layer: Any = adapter.model.get_submodule(module)
+    weight = layer.base_layer.weight.detach().float().cpu()
+    merged = weight + adapter.scales[module] * (tensors[f"{module}.lora_B"] @ tensors[f"{module}.lora_A"])
+    return {f"{module}.base_norm": weight.norm(dim=1), f"{module}.merged_norm": merged.norm(dim=1)}
+
+
+class Masters:
+    """Full-precision copies of the adapter's parameters, which the optimizer updates.
+
+    A model that computes in bf16 would lose small updates if its own bf16 factors were stepped. When the factors are
+    float32 already, the masters are the factors themselves and nothing is copied.
+    """
+
+    def __init__(self, adapter: Adapter, dtype: torch.dtype):
+        self.names = list(adapter.factors)
+        self.shared = dtype == torch.float32
+        self.live = adapter.parameters()
+        for parameter in self.live:
+            parameter.data = parameter.data.float()
+        if self.shared:
+            self.weights = self.live
+        else:
+            self.weights = [nn.Parameter(parameter.detach().clone()) for parameter in self.live]
+            for parameter in self.live:
+                parameter.data = parameter.data.to(dtype)
+
+    def collect_gradients(self) -> None:
+        """Add the live gradients to the masters' in float32 and clear the live ones."""
+        if self.shared:
+            return
+        for master, live in zip(self.weights, self.live, strict=True):
+            if live.grad is not None:
+                gradient = live.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                live.grad = None
+
+    @torch.no_grad()
+    def publish(self, weights: list[torch.Tensor] | None = None) -> None:
+        """Copy the masters (or other weights of the same shapes) into the live factors."""
+        source = self.weights if weights is None else weights
+        if self.shared and weights is None:
+            return
+        for live, weight in zip(self.live, source, strict=True):
+            live.copy_(weight)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Copies of the masters on the CPU, float32."""
+        return {
+            name: weight.detach().to("cpu", copy=True) for name, weight in zip(self.names, self.weights, strict=True)
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        for name, weight in zip(self.names, self.weights, strict=True):
+            weight.copy_(state[name])
+        self.publish()
+
+
+class Ema:
+    """Exponential moving average of the masters: e ← d·e + (1−d)·w, with d warmed up as min(decay, (1+n)/(10+n)).
+
+    The warm-up is the one of torch-ema and diffusers' EMAModel; n counts steps.
+    """
+
+    def __init__(self, masters: Masters, decay: float):
+        self.decay = decay
+        self.steps = 0
+        self.weights = [weight.detach().clone() for weight in masters.weights]
+
+    @torch.no_grad()
+    def update(self, masters: Masters) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for average, weight in zip(self.weights, masters.weights, strict=True):
+            average.lerp_(weight, 1 - decay)
+
+    def state(self) -> dict[str, object]:
+        return {"steps": self.steps, "weights": [weight.cpu() for weight in self.weights]}
+
+    @torch.no_grad()
+    def load(self, state: dict) -> None:
+        self.steps = state["steps"]
+        for average, saved in zip(self.weights, state["weights"], strict=True):
+            average.copy_(saved)

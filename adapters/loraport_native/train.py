@@ -1,0 +1,158 @@
+"""The trainer's process: `python -m loraport_native.train RUN_DIR` trains the spec in that folder.
+
+Events go to standard output (see `loraport.run.events`). SIGINT or SIGTERM once: write a checkpoint and exit with 130.
+A failure is told as one line of `loraport.run.errors_line`, and its exit code.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from loraport.errors import Interrupted, LoraPortError, OutOfMemoryError, RunFolderError
+from loraport.run.errors_line import encode_error
+from loraport.run.events import Event, PhaseStarted, encode
+from loraport.spec.models import TrainSpec
+
+if TYPE_CHECKING:
+    from loraport_native.trainer import Trainer
+
+#: Libraries whose first words are about parts of theirs that are not used here.
+_CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+
+#: How torch says that memory ran out; its class for that is for CUDA's own allocator alone.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+
+
+def main() -> int:
+    run_dir = Path(sys.argv[1])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Libraries must not phone home or write beside the run; a hub id still downloads.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        run(run_dir)
+    except LoraPortError as error:
+        print(encode_error(error), flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(encode_error(Interrupted("Stopped before training began.")), flush=True)
+        return Interrupted.exit_code
+    return 0
+
+
+def emit(event: Event) -> None:
+    print(encode(event), flush=True)
+
+
+def run(run_dir: Path) -> None:
+    """Train the run in `run_dir` to its end. Raises LoraPortError for everything a user can act on."""
+    emit(PhaseStarted(phase="load", detail="libraries"))
+    spec = TrainSpec.load(run_dir / "spec.yaml")
+    try:
+        _train(spec, run_dir)
+    except MemoryError as error:
+        raise _out_of_memory(spec, error) from error
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise _out_of_memory(spec, error) from error
+        raise
+    except OSError as error:
+        raise RunFolderError(f"{error.filename or run_dir}: {error.strerror or error}.") from error
+
+
+def _train(spec: TrainSpec, run_dir: Path) -> None:
+    from loraport_native.trainer import Stopped
+
+    trainer = make_trainer(spec, run_dir, emit)
+
+    def ask_to_stop(number: int, frame: FrameType | None) -> None:
+        trainer.stop_requested = True
+
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    try:
+        trainer.fit()
+    except Stopped as error:
+        raise Interrupted(f"Stopped after step {trainer.step} of {spec.train.steps}.") from error
+
+
+def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None]) -> Trainer:
+    """Everything up to the first step: the data prepared, the model loaded, the adapter in it."""
+    import torch
+
+    from loraport.plugins import plugins
+    from loraport_native.data import prepare
+    from loraport_native.device import DTYPES, check_device, choose_device, make_deterministic
+    from loraport_native.lora import inject
+    from loraport_native.models.checkpoint import find_checkpoint, load_transformer
+    from loraport_native.quantize import compile_blocks, quantize_blocks
+    from loraport_native.sample import Sampler, check_sampling, is_guided
+    from loraport_native.trainer import Trainer, derived_seed
+
+    device = choose_device(spec)
+    check_device(spec, device)
+    make_deterministic(spec)
+    dtype = DTYPES[spec.model.dtype]
+    family = plugins().families()[spec.model.family]
+    checkpoint = find_checkpoint(_checkpoint_name(spec, run_dir), spec.model.revision, unconditional=is_guided(spec))
+    check_sampling(spec, checkpoint)
+    prompts = spec.sample.prompts if spec.sample.every else []
+    data = prepare(spec, checkpoint, device, dtype, emit, extra_captions=prompts)
+
+    emit(PhaseStarted(phase="load", detail="transformer"))
+    method = spec.memory.quantize or "none"
+    model = load_transformer(checkpoint, dtype, device, prepare_block=lambda block: quantize_blocks(block, method))
+    model.drop_text_projection()
+    adapter = inject(model, spec.lora, family.target_patterns(spec.lora.targets), derived_seed(spec.train.seed, "init"))
+    if spec.memory.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    compile_blocks(model.layers, spec.memory.compile or "none")
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    sampler = Sampler(spec, run_dir, checkpoint, model, data, emit)
+    return Trainer(spec, run_dir, model, adapter, data, emit, sampler.draw)
+
+
+def _checkpoint_name(spec: TrainSpec, run_dir: Path) -> str:
+    """The checkpoint to load; for `tiny`, a random one written into the run folder."""
+    if spec.model.checkpoint != "tiny":
+        return spec.model.checkpoint
+    from loraport_native.tiny import write_tiny
+
+    folder = run_dir / "tiny-checkpoint"
+    if not folder.exists():
+        write_tiny(folder, layout="official")
+    return str(folder)
+
+
+def _out_of_memory(spec: TrainSpec, error: Exception) -> OutOfMemoryError:
+    """What ran out, and the profile of this machine's card unless that is the one in use."""
+    from loraport.gpu import cards, profile_for
+    from loraport.plugins import plugins
+
+    detail = (str(error) or "the host has no memory left").splitlines()[0]
+    fitting = profile_for(cards()[0].memory_gib, plugins().profiles()) if cards() else None
+    if fitting is not None and fitting.name != spec.memory.profile:
+        advice = (
+            f"This card is one for the profile {fitting.name}: start again with --set memory.profile={fitting.name}"
+        )
+    else:
+        advice = "Lower dataset.resolution or train.batch_size, or set memory.quantize: nf4, and start again"
+    return OutOfMemoryError(f"Out of memory: {detail}", hint=f"{advice}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""The training loop. Everything random is a function of the seed and the step, so a resumed run repeats nothing and
+loses nothing: it ends bit-identical to one that was never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraport.errors import BackendError
+from loraport.run.events import Checkpoint, Event, PhaseStarted, Resumed, Step, Validation
+from loraport.spec.models import TrainSpec
+from loraport_native import flow
+from loraport_native.checkpoints import load_state, save_checkpoint, whole_checkpoints
+from loraport_native.data import Sample, TrainingSet, epoch_batches
+from loraport_native.lora import Adapter, Ema, Masters, write_adapter
+from loraport_native.models.ideogram4 import Ideogram4
+from loraport_native.optim import make_optimizer, make_schedule
+
+Emit = Callable[[Event], None]
+
+#: Held-out loss: the noise levels are the middles of this many equal shares of the training distribution.
+VALIDATION_LEVELS = 4
+
+
+class Stopped(Exception):
+    """A stop was asked for and the checkpoint is written."""
+
+
+class Trainer:
+    """One training run over prepared data. `fit` trains from the last whole checkpoint to the end."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        run_dir: Path,
+        model: Ideogram4,
+        adapter: Adapter,
+        data: TrainingSet,
+        emit: Emit,
+        draw_samples: Callable[[int], None] = lambda step: None,
+    ):
+        self.spec, self.run_dir, self.model = spec, run_dir, model
+        self.adapter, self.data, self.emit, self.draw_samples = adapter, data, emit, draw_samples
+        self.device = model.embed_image_indicator.weight.device
+        self.masters = Masters(adapter, model.dtype)
+        self.optimizer = make_optimizer(self.masters.weights, spec.train)
+        self.schedule = make_schedule(self.optimizer, spec.train)
+        self.ema = Ema(self.masters, spec.train.ema_decay) if spec.train.ema_decay else None
+        self.step = 0
+        self.stop_requested = False
+        self._epoch: tuple[int, list[list[Sample]]] = (-1, [])
+
+    def fit(self) -> None:
+        """Train to the last step. Raises Stopped when a stop was asked for, BackendError when training diverges."""
+        self._resume()
+        spec = self.spec
+        self._at_intervals()  # also after resuming: what was due at that step may not have been done
+        phase_is_over = True
+        while self.step < spec.train.steps:
+            if phase_is_over:
+                self.emit(PhaseStarted(phase="train"))
+            self._one_step()
+            last = self.step == spec.train.steps
+            if last or self.stop_requested or (spec.save.every and self.step % spec.save.every == 0):
+                self._save()
+            if self.stop_requested and not last:
+                raise Stopped
+            phase_is_over = self._at_intervals()
+
+    # -- one optimizer step -------------------------------------------------------------------------------------
+
+    def _one_step(self) -> None:
+        started = time.perf_counter()
+        train = self.spec.train
+        self.model.train()
+        parts: list[tuple[Tensor, list[Sample]]] = []
+        for part in range(train.gradient_accumulation):
+            index = self.step * train.gradient_accumulation + part
+            batch = self._batch(index)
+            loss = self._loss(batch, index) / train.gradient_accumulation
+            loss.backward()
+            self.masters.collect_gradients()
+            parts.append((loss.detach(), batch))
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.weights, train.max_grad_norm or math.inf)
+        value, norm_value = torch.stack([loss for loss, _ in parts]).sum().item(), norm.item()
+        if not (math.isfinite(value) and math.isfinite(norm_value)):
+            bad = [sample for loss, batch in parts if not loss.isfinite() for sample in batch]
+            every = [sample for _, batch in parts for sample in batch]
+            raise self._diverged("loss" if bad else "gradient", self.step + 1, bad or every)
+        rate = float(self.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.masters.publish()
+        if self.ema:
+            self.ema.update(self.masters)
+        self.step += 1
+        seconds = time.perf_counter() - started
+        self.emit(
+            Step(
+                step=self.step,
+                total=train.steps,
+                loss=value,
+                lr=rate,
+                seconds=seconds,
+                images_per_second=sum(len(batch) for _, batch in parts) / seconds,
+                grad_norm=norm_value,
+                peak_memory_gib=peak_memory_gib(self.device),
+            )
+        )
+
+    def _batch(self, index: int) -> list[Sample]:
+        """The batch of a forward pass, counted from the start of the run."""
+        seed, size = self.spec.train.seed, self.spec.train.batch_size
+        if self._epoch[0] < 0:
+            self._epoch = (0, epoch_batches(self.data.samples, size, seed, 0))
+        epoch, position = divmod(index, len(self._epoch[1]))
+        if epoch != self._epoch[0]:
+            self._epoch = (epoch, epoch_batches(self.data.samples, size, seed, epoch))
+        return self._epoch[1][position]
+
+    def _loss(self, batch: list[Sample], index: int) -> Tensor:
+        """Weighted mean loss of a batch, with noise, time, dropped captions and dropout drawn from (seed, index)."""
+        train = self.spec.train
+        generator = torch.Generator().manual_seed(derived_seed(train.seed, "train", index))
+        torch.manual_seed(derived_seed(train.seed, "dropout", index))
+        width, height = batch[0].bucket
+        dropped = torch.rand(len(batch), generator=generator) < self.spec.dataset.caption_dropout
+        sigma = flow.sample_sigma(
+            len(batch), flow.shifted_mean(train.timestep_mean, width, height), train.timestep_std, generator
+        )
+        keys = [self.data.empty_text if drop else sample.text for sample, drop in zip(batch, dropped, strict=True)]
+        latents = torch.stack([self.data.latents(sample) for sample in batch])
+        noise = torch.randn(latents.shape, generator=generator)
+        losses = self._losses(latents, noise, sigma, keys, (height // 16, width // 16))
+        weights = torch.tensor([sample.weight for sample in batch], device=self.device)
+        return (losses * weights).mean()
+
+    def _losses(self, latents: Tensor, noise: Tensor, sigma: Tensor, keys: list[str], grid: tuple[int, int]) -> Tensor:
+        latents, noise, sigma = (tensor.to(self.device, non_blocking=True) for tensor in (latents, noise, sigma))
+        inputs, target = flow.noisy(latents, noise, sigma)
+        text, lengths = pad_left([self.data.text(key) for key in keys])
+        prediction = self.model.velocity(inputs, text.to(self.device), lengths, 1 - sigma, grid)
+        return flow.losses(prediction, target)
+
+    def _diverged(self, what: str, step: int, samples: list[Sample]) -> BackendError:
+        names = ", ".join(dict.fromkeys(sample.name for sample in samples))
+        whole = list(whole_checkpoints(self.run_dir).values())
+        good = f"The last good checkpoint is {whole[-1]}." if whole else "No checkpoint was written yet."
+        return BackendError(
+            f"The {what} of step {step} is not finite{f', on: {names}' if names else ''}. {good}",
+            hint="Lower train.learning_rate, or check these images and captions, then start again.",
+        )
+
+    # -- what happens between steps -----------------------------------------------------------------------------
+
+    def _at_intervals(self) -> bool:
+        """Validate and draw samples where the spec asks for it. Whether anything was done."""
+        spec, last = self.spec, self.step == self.spec.train.steps
+        validate = spec.validation.every and (last or self.step % spec.validation.every == 0)
+        sample = spec.sample.every and self.step and (last or self.step % spec.sample.every == 0)
+        if validate:
+            self.emit(PhaseStarted(phase="validate"))
+            self._with_saved_weights(self._validate)
+        if sample:
+            self.emit(PhaseStarted(phase="sample"))
+            self._with_saved_weights(lambda: self.draw_samples(self.step))
+        return bool(validate or sample)
+
+    def _with_saved_weights(self, action: Callable[[], None]) -> None:
+        """Run `action` with the weights that would be saved (the EMA's, if there is one) and without dropout."""
+        self.model.eval()
+        if self.ema:
+            live = [weight.detach().clone() for weight in self.masters.weights]
+            self.masters.publish(self.ema.weights)
+            action()
+            self.masters.publish(live)
+        else:
+            action()
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """The held-out loss: each image at fixed noise and noise levels, the same in every run whatever its seed."""
+        levels = (torch.arange(VALIDATION_LEVELS, dtype=torch.float64) + 0.5) / VALIDATION_LEVELS
+        train, values = self.spec.train, []
+        for number, sample in enumerate(self.data.held_out):
+            width, height = sample.bucket
+            mean = flow.shifted_mean(train.timestep_mean, width, height)
+            for level, z in enumerate(torch.special.ndtri(levels).float()):
+                generator = torch.Generator().manual_seed(derived_seed(0, "validation", number, level))
+                latents = self.data.latents(sample)[None]
+                noise = torch.randn(latents.shape, generator=generator)
+                sigma = torch.sigmoid(mean + train.timestep_std * z)[None]
+                values.append(self._losses(latents, noise, sigma, [sample.text], (height // 16, width // 16)))
+        mean_loss = torch.cat(values).double().mean().item()
+        if not math.isfinite(mean_loss):
+            raise self._diverged("held-out loss", self.step, self.data.held_out)
+        self.emit(Validation(step=self.step, loss=mean_loss))
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if not all(weight.isfinite().all() for weight in self.masters.weights):
+            raise self._diverged("adapter", self.step, [])
+        state = {
+            "step": self.step,
+            "masters": self.masters.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "ema": self.ema.state() if self.ema else None,
+        }
+        folder = save_checkpoint(self.run_dir, self.step, self._write_adapter, state, self.spec.save.keep)
+        self.emit(Checkpoint(step=self.step, path=str(folder.relative_to(self.run_dir))))
+
+    def _write_adapter(self, path: Path) -> None:
+        weights = self.ema.weights if self.ema else self.masters.weights
+        tensors = dict(zip(self.masters.names, weights, strict=True))
+        write_adapter(path, self.adapter, tensors, self.spec.model.family, self.step)
+
+    def _resume(self) -> None:
+        whole = whole_checkpoints(self.run_dir)
+        if not whole:
+            return
+        state = load_state(list(whole.values())[-1])
+        self.masters.load(state["masters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.ema:
+            self.ema.load(state["ema"])
+        self.step = state["step"]
+        self.emit(Resumed(step=self.step))
+
+
+def pad_left(texts: list[Tensor]) -> tuple[Tensor, list[int] | None]:
+    """Stack text features (T_i, hidden) as (B, max T, hidden) with zeros on the left, and give their lengths.
+
+    Lengths are None when all are equal, which spares attention its mask.
+    """
+    lengths = [len(text) for text in texts]
+    if len(set(lengths)) == 1:
+        return torch.stack(texts), None
+    longest = max(lengths)
+    padded = [torch.cat((text.new_zeros(longest - len(text), text.shape[1]), text)) for text in texts]
+    return torch.stack(padded), lengths
+
+
+def derived_seed(seed: int, *what: Any) -> int:
+    """A 63-bit seed for one purpose, from the run's seed."""
+    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory so far, GiB: allocated on a CUDA or MPS device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,36 @@
+"""What a dialect is: one way of writing LoRA keys, with its rule for scale."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from loraport.lora.canonical import LoraFile
+
+
+@runtime_checkable
+class Dialect(Protocol):
+    """Reads one way of writing LoRA files into the canonical form."""
+
+    @property
+    def name(self) -> str: ...
+
+    def detect(
+        self, keys: Collection[str], shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
+    ) -> float:
+        """How sure it is, from 0 to 1, that a file with these tensors is written in this dialect."""
+        ...
+
+    def read(self, path: Path) -> LoraFile:
+        """Read a file. Raises DataError when it is damaged or a module is not whole."""
+        ...
+
+
+@runtime_checkable
+class WritableDialect(Dialect, Protocol):
+    """A dialect that can also be written."""
+
+    def write(self, lora: LoraFile, path: Path, dtype: str, metadata: Mapping[str, str]) -> None:
+        """Write a file in `dtype` ('bf16', 'fp16' or 'fp32'). Raises DataError when a value does not fit."""
+        ...

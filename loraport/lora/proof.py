@@ -1,0 +1,213 @@
+"""The proof that two LoRA files mean the same: ΔW of every module, compared in fp64.
+
+Nothing of size (out, in) is formed where the factors allow it. For low-rank factors the difference of two
+changes is itself low-rank, [s_a·B_a, −s_b·B_b] @ [A_a; A_b]; reducing the right stack to its R factor keeps
+all row norms and subtracts inside one small product, so equal files come out at about 1e-16 instead of the
+1e-8 that the subtraction of squared Gram norms would leave. A Kronecker product is an outer product of its
+flattened sides, hence the same trick with rank one a file. Anything else is compared in blocks of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from loraport.errors import DataError
+from loraport.lora.canonical import Factors, Float64, LoKr, LoraFile, LoraModule, LowRank, exact
+
+# Rounding to a dtype with p significant bits moves each number by at most 2^-p of itself, and a product of two
+# rounded factors by at most twice that: 9.8e-4 for fp16 (p = 11), 7.8e-3 for bf16 (p = 8). Errors of different signs
+# average out, so real files stay at about a third of it, or half with four factors. A file whose rank terms nearly
+# cancel can exceed it, and then what was lost is real: fp32 keeps it. For fp32 the bound is 1.2e-7; the rest is room
+# for the fp32 alpha. There is no entry for fp8: nothing may be lost in a file that is stored so.
+_TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
+_LOSSLESS = 1e-6
+_BLOCK_NUMBERS = 4_000_000
+
+Term = tuple[Float64, Factors]  # coefficients of the rows (out,), and the product they multiply
+
+
+@dataclass(frozen=True)
+class ModuleProof:
+    """One module: `difference` is ‖ΔW_source − ΔW_written‖ / ‖ΔW_source‖ (Frobenius), `norm` is ‖ΔW_source‖.
+
+    With DoRA it is the larger of that (its upper bound, see `_dora_norms`) and the same for the added product
+    alone. `zero` says that the source changes nothing here, as an untrained LoRA does.
+    """
+
+    name: str
+    kind: str
+    norm: float
+    difference: float
+    tolerance: float
+    zero: bool
+
+    @property
+    def ok(self) -> bool:
+        return self.difference <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The comparison of two files. `missing` modules are only in the source, `extra` ones only in the
+    written file."""
+
+    modules: tuple[ModuleProof, ...]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    unread_source: tuple[str, ...]
+    unread_written: tuple[str, ...]
+
+    @property
+    def worst(self) -> ModuleProof | None:
+        """The module that uses most of its tolerance."""
+        return max(self.modules, key=lambda module: module.difference / module.tolerance, default=None)
+
+    @property
+    def zeros(self) -> tuple[str, ...]:
+        """The modules that the source leaves unchanged."""
+        return tuple(module.name for module in self.modules if module.zero)
+
+    @property
+    def ok(self) -> bool:
+        """Whether both files change the same modules by the same amounts and every key was understood."""
+        odd = self.missing or self.extra or self.unread_source or self.unread_written
+        return not odd and all(module.ok for module in self.modules)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict ready for `json.dump`; an infinite difference becomes null."""
+        worst = self.worst
+        return {
+            "ok": self.ok,
+            "worst": worst and {"module": worst.name, "difference": _finite(worst.difference)},
+            "zero": list(self.zeros),
+            "missing": list(self.missing),
+            "extra": list(self.extra),
+            "unread_source": list(self.unread_source),
+            "unread_written": list(self.unread_written),
+            "modules": [
+                {
+                    "name": module.name,
+                    "kind": module.kind,
+                    "norm": module.norm,
+                    "difference": _finite(module.difference),
+                    "tolerance": module.tolerance,
+                    "zero": module.zero,
+                    "ok": module.ok,
+                }
+                for module in self.modules
+            ],
+        }
+
+
+def prove(source: LoraFile, written: LoraFile) -> Proof:
+    """Compare what two files mean, module by module.
+
+    Raises DataError when a DoRA part lacks the norms of the base weights in both files.
+    """
+    common = [name for name in source.modules if name in written.modules]
+    return Proof(
+        modules=tuple(_compare(source.modules[name], written.modules[name]) for name in common),
+        missing=tuple(name for name in source.modules if name not in written.modules),
+        extra=tuple(name for name in written.modules if name not in source.modules),
+        unread_source=source.unread,
+        unread_written=written.unread,
+    )
+
+
+def _compare(a: LoraModule, b: LoraModule) -> ModuleProof:
+    tolerance = max(_TOLERANCE.get(array.dtype.name, _LOSSLESS) for array in b.factors.arrays().values())
+    norm = _norm([_term(a, 1.0)])
+    if a.factors.shape != b.factors.shape:
+        return ModuleProof(a.name, b.factors.kind, norm, math.inf, tolerance, zero=norm == 0)
+    difference = _relative(_norm([_term(a, 1.0), _term(b, -1.0)]), norm)
+    if a.dora is not None or b.dora is not None:
+        norm, apart, base = _dora_norms(a, b)
+        # The added product is still compared by itself, because a changed row scale can outweigh it in ΔW.
+        difference = max(difference, _relative(apart, norm))
+        # The row scale multiplies W itself, so its fp32 rounding counts in units of ‖W‖, however small ΔW is.
+        tolerance += 2.0**-23 * base / norm if norm else 0.0
+    return ModuleProof(a.name, b.factors.kind, norm, difference, tolerance, zero=norm == 0)
+
+
+def _relative(apart: float, norm: float) -> float:
+    if norm == 0:
+        return math.inf if apart else 0.0
+    return apart / norm
+
+
+def _term(module: LoraModule, coefficient: float | Float64) -> Term:
+    return module.scale * coefficient * np.ones(module.factors.shape[0]), module.factors
+
+
+def _dora_norms(a: LoraModule, b: LoraModule) -> tuple[float, float, float]:
+    """‖ΔW_a‖, a bound on ‖ΔW_a − ΔW_b‖, and ‖W‖, from row norms alone.
+
+    With P = s·BA and the gain g of each row, ΔW = (g − 1)·W + g·P. W is not at hand, but W·P of a row
+    follows from ‖W + P‖² = ‖W‖² + 2·W·P + ‖P‖². The difference (g_a − g_b)·W + (g_a·P_a − g_b·P_b) is
+    bounded by its two parts.
+    """
+    base_norm = next((part.base_norm for part in (a.dora, b.dora) if part and part.base_norm is not None), None)
+    merged_norm = a.dora.merged_norm if a.dora else None
+    if base_norm is None or (a.dora and merged_norm is None):
+        raise DataError(
+            f"LoRA module {a.name}: a DoRA cannot be compared without the row norms of the base weights.",
+            hint="Give the base model that the LoRA was trained on.",
+        )
+    base = base_norm.astype(np.float64)
+    gain_a, gain_b = (_gain(module, base) for module in (a, b))
+    rest = _row_norms([_term(a, gain_a), _term(b, -gain_b)])
+    apart = np.linalg.norm(np.abs(gain_a - gain_b) * base + rest)
+
+    added = _row_norms([_term(a, 1.0)])
+    inner = np.zeros_like(base)
+    if merged_norm is not None:
+        inner = np.clip((merged_norm.astype(np.float64) ** 2 - base**2 - added**2) / 2, -base * added, base * added)
+    squares = ((gain_a - 1) * base) ** 2 + (gain_a * added) ** 2 + 2 * (gain_a - 1) * gain_a * inner
+    return math.sqrt(max(float(squares.sum()), 0.0)), float(apart), float(np.linalg.norm(base))
+
+
+def _gain(module: LoraModule, base_norm: Float64) -> Float64:
+    return np.ones_like(base_norm) if module.dora is None else module.dora.gain(base_norm)
+
+
+def _norm(terms: list[Term]) -> float:
+    """The Frobenius norm of a sum of scaled products."""
+    sides = [factors.sides() for _, factors in terms if isinstance(factors, LoKr)]
+    if len(sides) == len(terms) and len({first.shape for first, _ in sides}) == 1:
+        # vec(w1) vec(w2)ᵀ holds the same numbers as w1 ⊗ w2; here each row has the same coefficient.
+        left = np.stack([rows[0] * first.ravel() for (rows, _), (first, _) in zip(terms, sides, strict=True)], axis=1)
+        return float(np.linalg.norm(_lowrank_rows(left, np.stack([second.ravel() for _, second in sides]))))
+    return float(np.linalg.norm(_row_norms(terms)))
+
+
+def _row_norms(terms: list[Term]) -> Float64:
+    """The norm of each row of a sum of products whose rows are scaled."""
+    if all(isinstance(factors, LowRank) for _, factors in terms):
+        pairs = [(rows, factors) for rows, factors in terms if isinstance(factors, LowRank)]
+        left = np.concatenate([rows[:, None] * exact(factors.up) for rows, factors in pairs], axis=1)
+        return _lowrank_rows(left, np.concatenate([exact(factors.down) for _, factors in pairs]))
+    count, columns = terms[0][1].shape
+    products = [(rows, factors.product()) for rows, factors in terms]
+    block = max(1, _BLOCK_NUMBERS // columns)
+    norms = np.empty(count)
+    for start in range(0, count, block):
+        stop = min(start + block, count)
+        total = sum(rows[start:stop, None] * product(start, stop) for rows, product in products)
+        norms[start:stop] = np.linalg.norm(total, axis=1)
+    return norms
+
+
+def _lowrank_rows(left: Float64, right: Float64) -> Float64:
+    """The row norms of left (m, k) @ right (k, n): an orthogonal factor on the right changes none of them."""
+    # The stub of `qr` does not know that mode "r" gives one array.
+    core = cast(Float64, np.linalg.qr(right.T, mode="r"))
+    norms: Float64 = np.linalg.norm(left @ core.T, axis=1)
+    return norms
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -1,0 +1,186 @@
+"""A plan: what one backend will do with every field of a spec, and exactly what would be started.
+
+Making a plan writes nothing and starts nothing, so planning, comparing and testing are the same call.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from loraport.errors import BackendError, SpecError
+from loraport.spec.models import TrainSpec, leaf_fields, value_at
+
+
+class Kind(StrEnum):
+    """What a backend does with a field."""
+
+    EXACT = "exact"  #: as the spec says
+    APPROXIMATED = "approximated"  #: something close; the reason says how it differs
+    DEFAULTED = "defaulted"  #: the backend's own fixed value instead; the reason names it
+    IGNORED = "ignored"  #: nothing; the reason says why
+    REFUSED = "refused"  #: the backend cannot train this spec; the reason says what to do
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What happens to the value at one dotted path of the spec, and why."""
+
+    path: str
+    value: Any
+    kind: Kind
+    reason: str
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What a backend makes of a spec: verdicts by path, files to write, the command to start.
+
+    `files` maps a path relative to the run folder to its text. `command` and `env` hold absolute paths.
+    """
+
+    verdicts: list[Verdict]
+    files: dict[str, str]
+    command: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a translation will run."""
+
+    run_dir: Path
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A translation with the backend's name and version and the spec it was made from."""
+
+    backend: str
+    backend_version: str
+    spec: TrainSpec
+    run_dir: Path
+    verdicts: list[Verdict]
+    files: dict[str, str]
+    command: list[str]
+    env: dict[str, str]
+
+    def not_exact(self) -> list[Verdict]:
+        """The verdicts `--strict` stops at."""
+        return [verdict for verdict in self.verdicts if verdict.kind is not Kind.EXACT]
+
+    def refused(self) -> list[Verdict]:
+        """The verdicts that stop any run."""
+        return [verdict for verdict in self.verdicts if verdict.kind is Kind.REFUSED]
+
+    def check(self, strict: bool = False) -> None:
+        """Raise SpecError when a field is refused, or, if `strict`, when any is not exact."""
+        bad = self.not_exact() if strict else self.refused()
+        if bad:
+            lines = "\n".join(f"  {v.path} = {v.value!r}: {v.kind}: {v.reason}" for v in bad)
+            rule = "--strict allows only exact fields" if strict else "these fields must change first"
+            raise SpecError(f"{self.backend} will not train this spec as written; {rule}:\n{lines}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data for JSON."""
+        return {
+            "backend": self.backend,
+            "backend_version": self.backend_version,
+            "spec_hash": self.spec.hash(),
+            "run_dir": str(self.run_dir),
+            "verdicts": [
+                {"path": v.path, "value": _plain(v.value), "kind": str(v.kind), "reason": v.reason}
+                for v in self.verdicts
+            ],
+            "files": self.files,
+            "command": self.command,
+            "env": self.env,
+        }
+
+
+class VerdictTable:
+    """Collects one verdict for each field of a spec, and fails loudly when a field is forgotten or judged twice."""
+
+    def __init__(self, spec: TrainSpec):
+        self.spec = spec
+        self._verdicts: dict[str, Verdict] = {}
+        self._paths = list(leaf_fields())
+
+    def exact(self, *paths: str, reason: str) -> None:
+        self._add(paths, Kind.EXACT, reason)
+
+    def approximated(self, *paths: str, reason: str) -> None:
+        self._add(paths, Kind.APPROXIMATED, reason)
+
+    def defaulted(self, *paths: str, reason: str) -> None:
+        self._add(paths, Kind.DEFAULTED, reason)
+
+    def ignored(self, *paths: str, reason: str) -> None:
+        self._add(paths, Kind.IGNORED, reason)
+
+    def refused(self, *paths: str, reason: str) -> None:
+        self._add(paths, Kind.REFUSED, reason)
+
+    def choose(self, path: str, supported: Iterable[Any], exact: str, instead: str) -> None:
+        """Exact when the value is among `supported`, else refused with `instead` as what to do."""
+        supported = list(supported)
+        if value_at(self.spec, path) in supported:
+            self.exact(path, reason=exact)
+        else:
+            choices = ", ".join(str(choice) for choice in supported)
+            self.refused(path, reason=f"only {choices}; {instead}")
+
+    def finish(self) -> list[Verdict]:
+        """All verdicts in the spec's order. A missing one is a defect of the backend."""
+        missing = [path for path in self._paths if path not in self._verdicts]
+        assert not missing, f"no verdict for {missing}"
+        return [self._verdicts[path] for path in self._paths]
+
+    def _add(self, paths: Iterable[str], kind: Kind, reason: str) -> None:
+        for path in paths:
+            assert path in self._paths, f"{path} is not a field of the spec"
+            assert path not in self._verdicts, f"second verdict for {path}"
+            self._verdicts[path] = Verdict(path, value_at(self.spec, path), kind, reason)
+
+
+def make_plan(spec: TrainSpec, backend: Any, run_dir: Path, resume: bool = False) -> Plan:
+    """Ask a backend (`loraport.backend.Backend`) what it would do with a resolved spec. Writes and starts nothing.
+
+    The verdicts come in the spec's order. Raises BackendError when the backend does not judge every field once.
+    """
+    translate: Callable[[TrainSpec, Context], Translation] = backend.translate
+    result = translate(spec, Context(run_dir=run_dir, resume=resume))
+    counts = Counter(verdict.path for verdict in result.verdicts)
+    fields = leaf_fields()
+    for what, paths in (
+        ("gives no verdict for", [path for path in fields if path not in counts]),
+        ("judges what is no field of the spec", [path for path in counts if path not in fields]),
+        ("judges twice", [path for path, count in counts.items() if count > 1]),
+    ):
+        if paths:
+            raise BackendError(
+                f"The backend {backend.name} {what}: {', '.join(paths)}.",
+                hint="This is a defect of that backend: it must judge every field of the spec, once.",
+            )
+    verdicts = {verdict.path: verdict for verdict in result.verdicts}
+    return Plan(
+        backend=backend.name,
+        backend_version=backend.version,
+        spec=spec,
+        run_dir=run_dir,
+        verdicts=[verdicts[path] for path in fields],
+        files=result.files,
+        command=result.command,
+        env=result.env,
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return value

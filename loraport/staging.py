@@ -1,0 +1,72 @@
+"""A dataset laid out for a trainer that reads, or writes into, a folder of its own: the user's is never written to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from loraport.dataset import Item, scan
+from loraport.errors import DataError
+from loraport.families import Family
+from loraport.files import write_atomic
+from loraport.spec.models import TrainSpec
+
+
+def captioned_items(spec: TrainSpec, family: Family) -> list[Item]:
+    """The images that are trained, sorted by name, with the trigger word in each caption.
+
+    Images that the spec holds out for validation are not among them, so every backend trains the same set. Raises
+    DataError for what is wrong with images or captions, or when none is left.
+    """
+    dataset, validation = spec.dataset, spec.validation
+    items = scan(dataset.path, dataset.caption_ext, dataset.default_caption)
+    if validation.every and validation.path is None:
+        items = items[: -validation.images]
+    if not items:
+        raise DataError(
+            f"validation.images holds every image of {dataset.path} out; none is left to train.",
+            hint="Hold out fewer, give a folder with validation.path, or set validation.every to 0.",
+        )
+    word = dataset.trigger_word
+    return [replace(item, caption=family.place_trigger(item.caption, word)) for item in items] if word else items
+
+
+def stage(items: list[Item], folder: Path, caption: Callable[[Item], str], suffix: str) -> list[tuple[Path, str]]:
+    """Fill `folder` with the images as links and their captions as files `<image's stem><suffix>`.
+
+    Images are named 00001.jpg, 00002.png, … in order, so no name of the user's can trip a trainer; where links can't be
+    made they are copies. Captions must be one line, which is how every trainer reads them. Files that are right already
+    stay, so caches beside them stay valid; images of an earlier layout are removed. Returns (image, caption) pairs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    staged: list[tuple[Path, str]] = []
+    for number, item in enumerate(items, start=1):
+        target = folder / f"{number:05d}{item.image.suffix.lower()}"
+        for stale in folder.glob(f"{number:05d}.*"):
+            if stale != target and stale.suffix != suffix:
+                stale.unlink()
+        _link(item.image, target)
+        text = caption(item)
+        assert "\n" not in text, f"the caption of {item.image} has several lines"
+        file = target.with_suffix(suffix)
+        if not (file.is_file() and file.read_text(encoding="utf-8") == text):
+            write_atomic(file, text)
+        staged.append((target, text))
+    for extra in folder.iterdir():
+        if extra.stem.isdigit() and len(extra.stem) == 5 and int(extra.stem) > len(items):
+            extra.unlink()
+    return staged
+
+
+def _link(source: Path, target: Path) -> None:
+    source = source.resolve()
+    if target.is_symlink() and Path(os.readlink(target)) == source:
+        return
+    target.unlink(missing_ok=True)
+    try:
+        target.symlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,1 @@
+"""The built-in profiles, as YAML files: one folder a kind."""

@@ -1,0 +1,67 @@
+"""Cards and the profile that suits one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pynvml
+import pytest
+
+from loraport.gpu import Card, cards, profile_for
+from loraport.profiles import Profile
+
+PROFILES = {
+    (kind, name): Profile(kind, name, "", card_gib=gib)
+    for kind, name, gib in [
+        ("hardware", "12gb", 12),
+        ("hardware", "24gb", 24),
+        ("hardware", "80gb", 80),
+        ("hardware", "cpu", None),
+        ("quantize", "nf4", None),
+    ]
+}
+
+
+def test_no_driver_means_no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    assert cards() == []
+
+
+def test_cards_are_told_as_the_driver_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: closed.append(True))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda handle: f"Card {handle}")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda handle: (8, 9))
+
+    def memory(handle: int) -> SimpleNamespace:
+        if handle == 1:
+            raise pynvml.NVMLError_NotSupported
+        return SimpleNamespace(total=24_564 * 2**20)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", memory)
+    assert cards() == [Card("Card 0", 24_564 / 1024, (8, 9))]
+    assert closed
+
+
+@pytest.mark.parametrize(
+    ("gib", "expected"), [(11.99, "12gb"), (16, "12gb"), (23.99, "24gb"), (79.2, "24gb"), (139.8, "80gb")]
+)
+def test_the_profile_is_the_largest_that_fits(gib: float, expected: str) -> None:
+    profile = profile_for(gib, PROFILES)
+    assert profile is not None
+    assert profile.name == expected
+
+
+def test_a_card_smaller_than_every_profile_has_none() -> None:
+    assert profile_for(8, PROFILES) is None
+    assert profile_for(8, {}) is None
+
+
+def test_asking_this_machine_does_not_fail() -> None:
+    assert all(card.memory_gib > 0 and card.name for card in cards())

@@ -1,0 +1,91 @@
+"""What the tests of the DiffSynth adapter share: specs, pictures, and an interpreter that has DiffSynth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loraport.lora.storage import write_tensors
+from loraport.spec.models import TrainSpec
+
+CAPTION = '{"high_level_description":"a grey slope","compositional_deconstruction":{"background":"grey","elements":[]}}'
+
+
+def spec_of(**sections: Any) -> TrainSpec:
+    """A resolved spec, changed by what is given: a section's values, or any other field's."""
+    content: dict[str, Any] = {
+        "name": "buggy",
+        "model": {"checkpoint": "/models/ideogram-4"},
+        "dataset": {"path": "/data/buggy"},
+        "memory": {"quantize": "none", "offload": "none", "compile": "none", "gradient_checkpointing": True},
+        "backend": {"name": "diffsynth"},
+    }
+    for name, values in sections.items():
+        content[name] = {**content.get(name, {}), **values} if isinstance(values, dict) else values
+    return TrainSpec.model_validate(content)
+
+
+@pytest.fixture(scope="session")
+def make_spec() -> Callable[..., TrainSpec]:
+    return spec_of
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[..., Path]:
+    """write_checkpoint(folder, key, …): the files of a checkpoint, holding nothing but these keys."""
+
+    def write(folder: Path, *keys: str) -> Path:
+        for part in ("text_encoder/model", "vae/diffusion_pytorch_model", "transformer/diffusion_pytorch_model"):
+            path = folder / f"{part}.safetensors"
+            path.parent.mkdir(parents=True)
+            write_tensors(path, {key: np.zeros(1, np.float32) for key in keys}, {})
+        (folder / "tokenizer").mkdir()
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with three images of different shapes and their JSON captions."""
+    folder = tmp_path / "pictures, ünd more"
+    folder.mkdir()
+    for number, size in enumerate([(160, 128), (128, 128), (96, 200)]):
+        Image.linear_gradient("L").resize(size).convert("RGB").save(folder / f"{number}.png")
+        (folder / f"{number}.json").write_text(CAPTION.replace("slope", f"slope {number}"), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def diffsynth_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter that has DiffSynth: LORAPORT_DIFFSYNTH_PYTHON, the user's, or one in an environment made here."""
+    from loraport.envs import find_interpreter, install, problem_with
+    from loraport_diffsynth.recipe import NAME, RECIPE
+
+    given = os.environ.get("LORAPORT_DIFFSYNTH_PYTHON")
+    python = find_interpreter(NAME, Path(given) if given else None)
+    if problem_with(python, RECIPE) is None:
+        return python
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAPORT_HOME", str(tmp_path_factory.mktemp("home")))
+        return install(NAME, RECIPE, print)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from loraport_native.tiny import write_tiny
+
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny, official", "official")
+
+
+@pytest.fixture(scope="session")
+def tiny_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from loraport_native.tiny import write_tiny
+
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "fp8", "official", fp8=True)

@@ -1,0 +1,111 @@
+"""Optimizers from their libraries with the spec's numbers, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from loraport.spec.models import TrainSection
+from loraport_native.optim import make_optimizer, make_schedule
+
+CLASSES = {
+    "adamw": "torch.optim.adamw.AdamW",
+    "adamw8bit": "bitsandbytes.optim.adamw.AdamW8bit",
+    "adafactor": "transformers.optimization.Adafactor",
+    "prodigy": "prodigyopt.prodigy.Prodigy",
+    "lion": "lion_pytorch.lion_pytorch.Lion",
+}
+
+
+def weights() -> list[nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(128, 64, generator=draw))]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_optimizer_is_the_librarys_with_the_specs_numbers(name: str) -> None:
+    train = TrainSection(optimizer=name, learning_rate=3e-4, weight_decay=0.05)
+    optimizer = make_optimizer(weights(), train)
+    kind = type(optimizer)
+    assert f"{kind.__module__}.{kind.__qualname__}".endswith(CLASSES[name].split(".")[-1])
+    assert kind.__module__.split(".")[0] == CLASSES[name].split(".")[0]
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (3e-4, 0.05)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_optimizer_finds_a_minimum(name: str) -> None:
+    (weight,) = parameters = weights()
+    rate = 1.0 if name == "prodigy" else 1e-1
+    optimizer = make_optimizer(parameters, TrainSection(optimizer=name, learning_rate=rate, weight_decay=0))
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = (weight - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_the_8_bit_optimizer_keeps_its_moments_in_8_bits() -> None:
+    (weight,) = parameters = weights()
+    optimizer = make_optimizer(parameters, TrainSection(optimizer="adamw8bit"))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert optimizer.state[weight]["state1"].dtype == torch.uint8
+
+
+def linear(step: int, progress: float, cycles: int) -> float:
+    return 1 - progress
+
+
+def cosine(step: int, progress: float, cycles: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def restarts(step: int, progress: float, cycles: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1)))
+
+
+SHAPES: dict[str, Callable[[int, float, int], float]] = {
+    "constant": lambda step, progress, cycles: 1.0,
+    "linear": linear,
+    "cosine": cosine,
+    "cosine_with_restarts": restarts,
+}
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_rate_of_every_step(name: str, warmup: int) -> None:
+    """Linear from 0 while it warms up, then the shape over what is left: step n of 20 is the n-th value."""
+    cycles = 3
+    train = TrainSection(
+        steps=20, learning_rate=2e-3, lr_scheduler=name, warmup_steps=warmup, lr_cycles=cycles, optimizer="adamw"
+    )
+    optimizer = make_optimizer(weights(), train)
+    schedule = make_schedule(optimizer, train)
+    rates = []
+    for _ in range(20):
+        rates.append(schedule.get_last_lr()[0])
+        assert optimizer.param_groups[0]["lr"] == rates[-1]
+        optimizer.step()
+        schedule.step()
+    for step, rate in enumerate(rates):
+        progress = (step - warmup) / (20 - warmup)
+        factor = step / warmup if step < warmup else SHAPES[name](step, progress, cycles)
+        assert rate == pytest.approx(2e-3 * factor, abs=1e-12), step
+
+
+def test_the_rates_are_told_with_the_steps_they_were_used_in(make_spec: Any, make_trainer: Any) -> None:
+    from loraport.run.events import Step
+
+    spec = make_spec(train={"steps": 4, "learning_rate": 1e-3, "lr_scheduler": "linear", "warmup_steps": 2})
+    trainer = make_trainer(spec)
+    trainer.fit()
+    rates = [event.lr for event in trainer.events if isinstance(event, Step)]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4])

@@ -1,0 +1,83 @@
+"""What the adapter says SimpleTuner does with each field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loraport.planning import Kind, Verdict
+from loraport.spec.models import leaf_fields
+from loraport_simpletuner.capabilities import verdicts
+
+
+def by_path(spec: Any) -> dict[str, Verdict]:
+    return {verdict.path: verdict for verdict in verdicts(spec)}
+
+
+def test_every_field_is_judged_in_order_and_a_plain_spec_is_done_exactly(make_spec) -> None:
+    found = verdicts(make_spec(dataset={"upscale": True}, memory={"quantize": "fp8"}))
+    assert [verdict.path for verdict in found] == list(leaf_fields())
+    assert [verdict for verdict in found if verdict.kind is not Kind.EXACT] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "kind", "reason"),
+    [
+        ({"model": {"checkpoint": "tiny"}}, "model.checkpoint", Kind.REFUSED, "fixed sizes"),
+        ({"memory": {"quantize": "nf4"}}, "model.checkpoint", Kind.APPROXIMATED, "ideogram-4-nf4"),
+        ({"model": {"revision": "v2"}}, "model.revision", Kind.REFUSED, "main branch"),
+        ({"model": {"dtype": "fp16"}}, "model.dtype", Kind.REFUSED, "bf16"),
+        ({"model": {"checkpoint": "/m"}, "memory": {"quantize": "nf4"}}, "memory.quantize", Kind.REFUSED, "nf4"),
+        ({"model": {"checkpoint": "/m"}, "memory": {"quantize": "fp8"}}, "memory.quantize", Kind.APPROXIMATED, "fp8-t"),
+        ({"memory": {"quantize": "none"}}, "memory.quantize", Kind.EXACT, "unpacked"),
+        ({"memory": {"quantize": "int8"}}, "memory.quantize", Kind.APPROXIMATED, "int8-torchao"),
+        ({"memory": {"offload": "group"}}, "memory.offload", Kind.APPROXIMATED, "musubi_blocks_to_swap: 33"),
+        ({"dataset": {"upscale": False}}, "dataset.upscale", Kind.APPROXIMATED, "enlarged"),
+        ({"dataset": {"resolution": 720}}, "dataset.resolution", Kind.APPROXIMATED, "768"),
+        ({"dataset": {"resolution": 720, "aspect_buckets": False}}, "dataset.resolution", Kind.EXACT, ""),
+        ({"dataset": {"max_text_tokens": 512}}, "dataset.max_text_tokens", Kind.DEFAULTED, "2048"),
+        ({"train": {"batch_size": 2, "gradient_accumulation": 3}}, "dataset.repeats", Kind.APPROXIMATED, "6 times"),
+        ({"train": {"batch_size": 2}, "dataset": {"repeats": 2}}, "dataset.repeats", Kind.EXACT, ""),
+        ({"dataset": {"regularization": {"path": "/r"}}}, "dataset.regularization.path", Kind.APPROXIMATED, "size"),
+        (
+            {"dataset": {"regularization": {"path": "/r", "weight": 0.5}}},
+            "dataset.regularization.weight",
+            Kind.REFUSED,
+            "set it to 1",
+        ),
+        ({"lora": {"rslora": True}}, "lora.rslora", Kind.APPROXIMATED, "same scale"),
+        ({"lora": {"dora": True}}, "lora.dora", Kind.REFUSED, "native"),
+        ({"lora": {"type": "lokr", "alpha": 0.5}}, "lora.alpha", Kind.REFUSED, "whole numbers"),
+        ({"lora": {"type": "loha", "dropout": 0.1}}, "lora.dropout", Kind.REFUSED, "set it to 0"),
+        ({"lora": {"targets": ["nothing"]}}, "lora.targets", Kind.REFUSED, "no module"),
+        ({"lora": {"factor": 4}}, "lora.factor", Kind.IGNORED, "lokr"),
+        ({"train": {"seed": 0}}, "train.seed", Kind.APPROXIMATED, "clock"),
+        ({"train": {"seed": 2**40 + 5}}, "train.seed", Kind.APPROXIMATED, "5 instead"),
+        ({"train": {"ema_decay": 0.9}}, "train.ema_decay", Kind.REFUSED, "plain weights"),
+        (
+            {"train": {"lr_scheduler": "cosine", "warmup_steps": 5}},
+            "train.warmup_steps",
+            Kind.IGNORED,
+            "lr_warmup_steps",
+        ),
+        ({"train": {"lr_scheduler": "cosine_with_restarts"}}, "train.lr_scheduler", Kind.APPROXIMATED, "restarts"),
+        ({"train": {"optimizer": "prodigy"}}, "train.optimizer", Kind.APPROXIMATED, "schedule-free"),
+        ({"sample": {"every": 5, "prompts": ["x"]}}, "sample.every", Kind.IGNORED, "none are drawn"),
+        ({"validation": {"every": 5}}, "validation.every", Kind.IGNORED, "noise"),
+        ({"backend": {"options": {"verison": "4.9"}}}, "backend.options", Kind.REFUSED, "verison"),
+        ({"backend": {"options": {"version": "3.1"}}}, "backend.options", Kind.REFUSED, "4.8"),
+        ({"backend": {"options": {"version": "latest"}}}, "backend.options", Kind.REFUSED, "4.8"),
+        (
+            {"backend": {"options": {"config": {"vae_batch_size": 1}}}},
+            "backend.options",
+            Kind.APPROXIMATED,
+            "vae_batch_size",
+        ),
+        ({"backend": {"options": {"version": "4.9.0"}}}, "backend.options", Kind.EXACT, "portable"),
+    ],
+)
+def test_what_it_does_otherwise_it_says(make_spec, changes: dict[str, Any], path: str, kind: Kind, reason: str) -> None:
+    verdict = by_path(make_spec(**changes))[path]
+    assert verdict.kind is kind, verdict.reason
+    assert reason in verdict.reason

@@ -1,0 +1,1 @@
+"""LoRA dialects: reading what trainers write, writing what ComfyUI loads."""

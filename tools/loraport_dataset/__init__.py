@@ -1,0 +1,1 @@
+"""Checks on a dataset that need neither a GPU nor torch."""

@@ -1,0 +1,77 @@
+"""Reading a caption's JSON strictly, with errors that say what the person did."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import Any, NoReturn
+
+_STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')
+
+
+class CaptionSyntaxError(ValueError):
+    """The text is not JSON; the message has line, column and the fix."""
+
+
+class JsonObject(dict[str, Any]):
+    """An object that remembers which of its keys were written more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        counts = Counter(key for key, _ in pairs)
+        self.repeated = [key for key, count in counts.items() if count > 1]
+
+
+def parse(text: str) -> Any:
+    """The value that `text` holds, its objects as `JsonObject`.
+
+    Raises CaptionSyntaxError for anything that the JSON standard does not know, NaN and Infinity among it.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=JsonObject, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise CaptionSyntaxError(f"Not valid JSON at {place}: {error.msg}. {_advice(text, error)}") from error
+    except RecursionError as error:
+        raise CaptionSyntaxError("Nested too deeply to be a caption: objects and lists go four deep.") from error
+    except _NotANumber as error:
+        raise CaptionSyntaxError(f"Not valid JSON at {_place_of_constant(text)}: {error}.") from error
+    except ValueError as error:  # Python refuses to read whole numbers of thousands of digits.
+        raise CaptionSyntaxError("Not a caption: a number has thousands of digits. Shorten it.") from error
+
+
+class _NotANumber(ValueError):
+    """NaN and its like, which Python's reader would take."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _NotANumber(f"{name} is no number. Write one, or take the key out")
+
+
+def _place_of_constant(text: str) -> str:
+    """Where the first NaN or Infinity outside of a string is."""
+    found = next(match for match in _STRING_OR_CONSTANT.finditer(text) if not match[0].startswith('"'))
+    line_start = text.rfind("\n", 0, found.start()) + 1
+    return f"line {text.count(chr(10), 0, found.start()) + 1}, column {found.start() - line_start + 1}"
+
+
+def _advice(text: str, error: json.JSONDecodeError) -> str:
+    if not text.strip():
+        return "The caption is empty: write one."
+    if text.startswith("\ufeff"):
+        return "Save the file as UTF-8 without a byte order mark."
+    brace = text.find("{")
+    if brace > 0 and text[:brace].strip() and not text.lstrip().startswith(("[", '"')):
+        return (
+            f"There is text before the JSON ({text[:brace].strip()[:40]!r}). A trigger word belongs inside "
+            "high_level_description or an element's desc."
+        )
+    if "Extra data" in error.msg:
+        return f"Remove what follows the caption ({text[error.pos :].strip()[:40]!r})."
+    if text[error.pos : error.pos + 1] == "'":
+        return "JSON has double quotes: this looks like a Python dict; write it with json.dumps."
+    before = text[: error.pos].rstrip()
+    if before.endswith(","):
+        return "Remove the comma before the closing bracket."
+    return "Check quotes, commas and brackets there."

@@ -33,7 +33,8 @@ _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 def main() -> int:
     run_dir = Path(sys.argv[1])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _stop_before_training)
+    signal.signal(signal.SIGTERM, _stop_before_training)
     # Libraries must not phone home or write beside the run; a hub id still downloads.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,10 +45,15 @@ def main() -> int:
     except LoraPortError as error:
         print(encode_error(error), flush=True)
         return error.exit_code
-    except KeyboardInterrupt:
-        print(encode_error(Interrupted("Stopped before training began.")), flush=True)
-        return Interrupted.exit_code
     return 0
+
+
+def _stop_before_training(number: int, frame: FrameType | None) -> None:
+    """End at once. An exception raised in the middle of a library's import may be lost, or end the process by itself;
+    and there is nothing to save yet: what is in the cache was put there whole.
+    """
+    os.write(sys.stdout.fileno(), f"{encode_error(Interrupted('Stopped before training began.'))}\n".encode())
+    os._exit(Interrupted.exit_code)
 
 
 def emit(event: Event) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from loraport.lora.storage import write_tensors
@@ -63,7 +64,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def diffsynth_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def diffsynth_python(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """An interpreter that has DiffSynth: LORAPORT_DIFFSYNTH_PYTHON, the user's, or one in an environment made here."""
     from loraport.envs import find_interpreter, install, problem_with
     from loraport_diffsynth.recipe import NAME, RECIPE
@@ -72,8 +73,11 @@ def diffsynth_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = find_interpreter(NAME, Path(given) if given else None)
     if problem_with(python, RECIPE) is None:
         return python
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAPORT_HOME", str(tmp_path_factory.mktemp("home")))
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        folder = folder.parent  # that of the whole run: workers share what one of them has made
+    with FileLock(folder / "diffsynth.lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAPORT_HOME", str(folder / "loraport home"))
         return install(NAME, RECIPE, print)
 
 

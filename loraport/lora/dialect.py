@@ -6,7 +6,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from loraport.errors import DataError
 from loraport.lora.canonical import LoraFile
+
+
+class UnknownScale(DataError):
+    """A file that does not tell its alpha, and so not how strong it is."""
 
 
 @runtime_checkable
@@ -23,7 +28,17 @@ class Dialect(Protocol):
         ...
 
     def read(self, path: Path) -> LoraFile:
-        """Read a file. Raises DataError when it is damaged or a module is not whole."""
+        """Read a file. Raises DataError when it is damaged or a module is not whole, and UnknownScale when nothing
+        tells its scale."""
+        ...
+
+
+@runtime_checkable
+class AskingDialect(Dialect, Protocol):
+    """A dialect whose files may lack their scale, and that can be told."""
+
+    def read_with_alpha(self, path: Path, alpha: float | None) -> LoraFile:
+        """Read a file with `alpha` for every module that tells none; None stands for the module's own rank."""
         ...
 
 

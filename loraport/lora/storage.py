@@ -6,6 +6,7 @@ numpy side knows neither bf16 nor fp8 in every release.
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from loraport.errors import DataError
@@ -38,6 +40,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     }.items()
 }
 _CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
+_PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
 class Tensors(Mapping[str, Array]):
@@ -54,6 +58,16 @@ class Tensors(Mapping[str, Array]):
         """The shape of every tensor, from the header alone."""
         return {name: tuple(entry["shape"]) for name, entry in self._header.items()}
 
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The safetensors code of every tensor's dtype, such as BF16, from the header alone."""
+        return {name: entry["dtype"] for name, entry in self._header.items()}
+
+    @property
+    def data_bytes(self) -> int:
+        """The size of all tensors together."""
+        return max((entry["data_offsets"][1] for entry in self._header.values()), default=0)
+
     def __getitem__(self, name: str) -> Array:
         entry = self._header[name]
         dtype = _DTYPES.get(entry["dtype"])
@@ -63,12 +77,17 @@ class Tensors(Mapping[str, Array]):
                 f"Known: {', '.join(_DTYPES)}."
             )
         begin, end = entry["data_offsets"]
-        with open(self.path, "rb") as file:
+        raw = np.empty(end - begin, np.uint8)
+        with open(self.path, "rb", buffering=0) as file:
             file.seek(self._start + begin)
-            raw = bytearray(file.read(end - begin))
-        if len(raw) != end - begin:
-            raise DataError(f"{self.path}: tensor {name} is cut short; the file changed while it was being read.")
-        return np.frombuffer(raw, dtype=dtype).reshape(entry["shape"])
+            if _fill(file, raw) != end - begin:
+                raise DataError(f"{self.path}: tensor {name} is cut short; the file changed while it was being read.")
+        try:
+            return raw.view(dtype).reshape(entry["shape"])
+        except (ValueError, OverflowError) as error:
+            raise DataError(
+                f"{self.path}: tensor {name} has the shape {entry['shape']}, which no array can."
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._header)
@@ -78,9 +97,10 @@ class Tensors(Mapping[str, Array]):
 
 
 def read_tensors(path: Path | str) -> Tensors:
-    """Open a safetensors file. Raises DataError, with the path, when it is missing, cut short, or its header
-    lies."""
+    """Open a safetensors file; only its header is read. Raises DataError, with the path, when it is missing, cut short,
+    a pickle or not even a file, or its header lies."""
     path = Path(path)
+    _refuse_what_is_no_file(path)
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -95,6 +115,36 @@ def read_tensors(path: Path | str) -> Tensors:
     return Tensors(path, header, 8 + length)
 
 
+def _refuse_what_is_no_file(path: Path) -> None:
+    """Raise DataError for what must not be opened (a pipe would hang) and for a pickle, which is never unpickled."""
+    try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is not a file.", hint="Name the .safetensors file.")
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError:
+        return  # the library's own message says why
+    except ValueError as error:
+        raise DataError(f"{str(path)!r} is not a path: {error}.") from error
+    looks_so = start.startswith(_PICKLE_STARTS) and start[8:] != b"{"  # the same bytes can begin a safetensors length
+    if looks_so or path.suffix.lower() in _PICKLES:
+        raise DataError(
+            f"{path} is a pickle, which can run any program when it is opened; LoraPort never does.",
+            hint="Ask for the .safetensors file, or convert it on a machine that you can throw away.",
+        )
+
+
+def _fill(file: io.FileIO, raw: NDArray[np.uint8]) -> int:
+    """Read until `raw` is full or the file ends: one system call gives 2 GiB at most. Returns the bytes read."""
+    done, view = 0, memoryview(raw)
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            break
+        done += count
+    return done
+
+
 def write_tensors(path: Path | str, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file as one step: the old file stays until the new one is whole.
 
@@ -107,15 +157,27 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Array], metadata: Mapp
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     offset = 0
     for name, array in ordered:
-        header[name] = {
-            "dtype": _CODES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
+        header[name] = entry_of(array, offset)
         offset += array.nbytes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text = header_text(header)
     text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, array in ordered:
-            file.write(np.ascontiguousarray(array, dtype=_DTYPES[_CODES[array.dtype.name]]).tobytes())
+            file.write(raw_bytes(array))
+
+
+def entry_of(array: Array, offset: int) -> dict[str, Any]:
+    """What a header says of a tensor whose data starts at `offset`."""
+    code = _CODES[array.dtype.name]
+    return {"dtype": code, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+
+
+def header_text(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+
+
+def raw_bytes(array: Array) -> memoryview:
+    """The numbers of an array as a file holds them: in order, little-endian. No copy where they lie so already."""
+    ordered = np.ascontiguousarray(array, dtype=_DTYPES[_CODES[array.dtype.name]])
+    return memoryview(ordered.reshape(-1).view(np.uint8))

@@ -8,6 +8,7 @@ from loraport.spec.models import TrainSpec
 OPTIONS = {
     "device": "auto, cpu, mps, cuda or cuda:N",
     "deterministic": "true for equal bits on CUDA too, at a cost in speed; a CPU always gives them",
+    "memory_limit_gib": "GiB of a CUDA card that torch may take at most, as if the card were smaller",
 }
 
 
@@ -163,7 +164,13 @@ def _options(table: VerdictTable) -> None:
         table.refused("backend.options", reason=f"not known here: {', '.join(unknown)}. Known: {known}")
     elif not isinstance(table.spec.backend.options.get("deterministic", False), bool):
         table.refused("backend.options", reason="deterministic is true or false")
+    elif not _is_positive(table.spec.backend.options.get("memory_limit_gib", 1)):
+        table.refused("backend.options", reason="memory_limit_gib is a number above 0")
     elif table.spec.backend.options:
         table.exact("backend.options", reason="only this backend reads them: not portable")
     else:
         table.exact("backend.options", reason="none given")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

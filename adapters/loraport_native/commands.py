@@ -18,16 +18,26 @@ def add_commands(cli: typer.Typer) -> None:
         ] = "diffusers",
         fp8: Annotated[bool, typer.Option("--fp8", help="Official layout: fp8 rows with scales.")] = False,
         seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+        size: Annotated[
+            Literal["tiny", "full"],
+            typer.Option(help="A few MB, or the real dimensions (36 GB; 18 GB with --fp8) for measuring."),
+        ] = "tiny",
+        device: Annotated[str, typer.Option(help="Where the weights are made: cpu, cuda, cuda:1, …")] = "cpu",
+        unconditional: Annotated[
+            bool, typer.Option(help="Write the second transformer, which only samples with guidance use.")
+        ] = True,
     ) -> None:
-        """Write a complete random checkpoint of a few megabytes."""
+        """Write a complete random checkpoint: a few megabytes, or the real model's size."""
         from loraport.errors import SpecError, unknown
 
         if family != "ideogram4":
             raise SpecError(unknown("Family", family, ["ideogram4"]))
         if fp8 and layout != "official":
             raise SpecError("--fp8 goes with --layout official: the diffusers layout has no fp8 form.")
-        from loraport_native.tiny import write_tiny
+        from loraport_native.device import find_device
+        from loraport_native.sizes import SIZES
+        from loraport_native.tiny import write_checkpoint
 
-        write_tiny(folder, layout=layout, seed=seed, fp8=fp8)
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        typer.echo(f"Wrote {folder} ({size / 2**20:.1f} MiB, {layout} layout).")
+        write_checkpoint(folder, layout, SIZES[size], seed, fp8, find_device(device, "--device"), unconditional)
+        written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        typer.echo(f"Wrote {folder} ({written / 2**20:,.1f} MiB, {layout} layout).")

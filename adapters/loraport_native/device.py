@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from typing import Any
 
 import torch
 
@@ -17,15 +18,40 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def choose_device(spec: TrainSpec) -> torch.device:
     """`backend.options.device`, or the best there is: CUDA, then MPS, then the CPU. SpecError when it is not there."""
+    return find_device(spec.backend.options.get("device", "auto"), "backend.options.device")
+
+
+def find_device(wanted: Any, asked_in: str) -> torch.device:
+    """The device of that name; `auto` is the best there is. SpecError, naming `asked_in`, when it is not there."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = ["cuda"] * bool(cards) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    wanted = spec.backend.options.get("device", "auto")
     if wanted == "auto":
         return torch.device(here[0])
     here += [f"cuda:{number}" for number in range(cards)]
     if wanted not in here:
-        raise SpecError(f"backend.options.device: {wanted!r} is not on this machine. Here: {', '.join(here)}.")
+        raise SpecError(f"{asked_in}: {wanted!r} is not on this machine. Here: {', '.join(here)}.")
     return torch.device(wanted)
+
+
+def limit_memory(spec: TrainSpec, device: torch.device) -> None:
+    """With `backend.options.memory_limit_gib`, fail rather than take more of the card, as a smaller one would.
+
+    It bounds what torch reserves; CUDA's context (about half a GiB) comes to it. SpecError off CUDA.
+    """
+    limit = spec.backend.options.get("memory_limit_gib")
+    if limit is None:
+        return
+    if device.type != "cuda":
+        raise SpecError(f"backend.options.memory_limit_gib: only a CUDA card has a limit, and this run uses {device}.")
+    share = limit * 2**30 / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Bytes of a CUDA card that this process can still take, its limit counted."""
+    free, total = torch.cuda.mem_get_info(device)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(free, limit - torch.cuda.memory_reserved(device))
 
 
 def check_device(spec: TrainSpec, device: torch.device) -> None:

@@ -22,6 +22,7 @@ from loraport.dataset import Item, load_image
 from loraport.errors import DataError
 from loraport.run.events import Event, Progress
 from loraport_native.cache import Store
+from loraport_native.device import free_memory_bytes
 from loraport_native.models.checkpoint import Checkpoint, load_text_encoder, load_tokenizer, load_vae
 from loraport_native.models.ideogram4 import Ideogram4
 from loraport_native.models.latents import encode_image
@@ -122,7 +123,7 @@ def encode_captions(
 def _place_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Qwen3VLModel:
     """The text encoder on the device, or, on a CUDA card that cannot hold it, in host memory with its blocks visiting
     the card in turn. The numbers are the same; only the time differs."""
-    if device.type != "cuda" or _text_encoder_bytes(checkpoint, dtype) < torch.cuda.mem_get_info(device)[0] - MARGIN:
+    if device.type != "cuda" or _text_encoder_bytes(checkpoint, dtype) < free_memory_bytes(device) - MARGIN:
         return load_text_encoder(checkpoint, dtype, device)
     print("The text encoder does not fit the card; its blocks are streamed from host memory.", flush=True)
     return stream_blocks(load_text_encoder(checkpoint, dtype, "cpu"), device)

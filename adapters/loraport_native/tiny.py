@@ -1,7 +1,8 @@
-"""A complete Ideogram 4 checkpoint of a few megabytes, for trying a trainer where the real one does not fit.
+"""Complete random Ideogram 4 checkpoints: a few megabytes for trying a trainer where the real one does not fit, or the
+real dimensions for measuring one.
 
-Everything has the real thing's structure and names, random weights, and sizes divisible by 64 so that every
-quantisation works. It is initialised so that training a LoRA on it visibly lowers the loss.
+Everything has the real thing's structure and names and random weights. It is initialised so that training a LoRA on it
+visibly lowers the loss. Weights are made one tensor at a time on the device and written shard by shard.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,6 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from diffusers.models.transformers.transformer_ideogram4 import Ideogram4Transformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLModel
@@ -26,55 +27,13 @@ from loraport.errors import DataError, unknown
 from loraport_native.models.ideogram4 import Ideogram4
 from loraport_native.models.latents import patchify
 from loraport_native.models.layout import split
-from loraport_native.models.text import LAYERS, TAPS
+from loraport_native.shards import SHARD_BYTES, write_shards
+from loraport_native.sizes import TINY, VOCABULARY, Size
+from loraport_native.trainer import derived_seed
 
 LAYOUTS = ("diffusers", "official")
-VOCABULARY = 1024
-_TEXT_WIDTH = 64
 _FP8_MAX = 448.0  # the largest float8_e4m3fn
 
-_TRANSFORMER = {
-    "in_channels": 128,
-    "num_layers": 3,
-    "attention_head_dim": 64,
-    "num_attention_heads": 2,
-    "intermediate_size": 256,
-    "adaln_dim": 64,
-    "llm_features_dim": _TEXT_WIDTH * len(TAPS),
-    "mrope_section": (12, 10, 10),
-}
-_TEXT_ENCODER = {
-    "text_config": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": _TEXT_WIDTH,
-        "intermediate_size": 128,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "head_dim": 64,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5_000_000,
-            "mrope_section": [12, 10, 10],
-            "mrope_interleaved": True,
-        },
-    },
-    "vision_config": {
-        "depth": 1,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_heads": 1,
-        "out_hidden_size": _TEXT_WIDTH,
-        "deepstack_visual_indexes": [0],
-        "num_position_embeddings": 16,
-    },
-}
-_VAE = {
-    "block_out_channels": (32, 32, 32, 32),
-    "layers_per_block": 1,
-    "latent_channels": 32,
-    "sample_size": 256,
-}
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -103,12 +62,27 @@ _SENTENCES = (
 
 
 def write_tiny(folder: Path | str, layout: Literal["diffusers", "official"], seed: int = 0, fp8: bool = False) -> Path:
-    """Write a random checkpoint of about 9 MB to `folder`, which must be new or empty; return the folder.
+    """Write a random checkpoint of about 9 MB; see `write_checkpoint`."""
+    return write_checkpoint(folder, layout, TINY, seed, fp8)
 
-    layout: how attention is named, 'diffusers' (split) or 'official' (fused); the same seed gives both the
-    same weights, in bfloat16. fp8 (official only): store the linear layers of all blocks as
-    float8_e4m3fn rows with scales, as the official release does. Raises DataError for an unknown layout, and
-    for a folder that holds something or cannot be written.
+
+def write_checkpoint(
+    folder: Path | str,
+    layout: Literal["diffusers", "official"],
+    size: Size,
+    seed: int = 0,
+    fp8: bool = False,
+    device: torch.device | str = "cpu",
+    unconditional: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a random checkpoint to `folder`, which must be new or empty; return the folder.
+
+    layout: how attention is named, 'diffusers' (split) or 'official' (fused); the same seed and kind of device give
+    both the same weights, in bfloat16. fp8 (official only): store the linear layers of all blocks as float8_e4m3fn
+    rows with scales, as the official release does. device: where the weights are made. unconditional: write the
+    second transformer too, which only sampling with guidance uses. shard_bytes: about the most that is held at once.
+    Raises DataError for an unknown layout, and for a folder that holds something or cannot be written.
     """
     if layout not in LAYOUTS:
         raise DataError(unknown("Layout", layout, LAYOUTS))
@@ -120,13 +94,13 @@ def write_tiny(folder: Path | str, layout: Literal["diffusers", "official"], see
             f"{folder} already holds something; a checkpoint is written to a new or empty folder.",
             hint="Choose another folder, or remove this one first.",
         )
+    writer = _Writer(size, layout, seed, fp8, torch.device(device), shard_bytes)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Written beside and moved as one, so an interrupted run leaves no checkpoint that looks whole.
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            with torch.random.fork_rng(devices=[]):
-                _write(temporary, layout, seed, fp8)
+            writer.write(temporary, unconditional)
             temporary.chmod(0o755)
             os.replace(temporary, folder)
         finally:
@@ -136,85 +110,119 @@ def write_tiny(folder: Path | str, layout: Literal["diffusers", "official"], see
     return folder
 
 
-def _write(root: Path, layout: str, seed: int, fp8: bool) -> None:
-    for offset, part in enumerate(("transformer", "unconditional_transformer")):
-        torch.manual_seed(seed + offset)
-        _write_transformer(root / part, layout, fp8)
-    torch.manual_seed(seed)
-    _write_text_encoder(root / "text_encoder", fp8)
-    _vae().save_pretrained(root / "vae")
-    _write_tokenizer(root / "tokenizer")
-    FlowMatchEulerDiscreteScheduler().save_pretrained(root / "scheduler")
-    _write_json(
-        root / "model_index.json",
-        {
-            "_class_name": "Ideogram4Pipeline",
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "Qwen3VLModel"],
-            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-            "transformer": ["diffusers", "Ideogram4Transformer2DModel"],
-            "unconditional_transformer": ["diffusers", "Ideogram4Transformer2DModel"],
-            "vae": ["diffusers", "AutoencoderKLFlux2"],
-        },
-    )
+class _Writer:
+    """Writes the parts of one checkpoint, each tensor a function of the seed and its name."""
+
+    def __init__(self, size: Size, layout: str, seed: int, fp8: bool, device: torch.device, shard_bytes: int) -> None:
+        self.size, self.layout, self.seed, self.fp8 = size, layout, seed, fp8
+        self.device, self.shard_bytes = device, shard_bytes
+
+    def write(self, root: Path, unconditional: bool) -> None:
+        transformers = ["transformer", *(["unconditional_transformer"] if unconditional else [])]
+        for part in transformers:
+            self._transformer(root / part)
+        self._text_encoder(root / "text_encoder")
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            _vae(self.size.vae, self.device).save_pretrained(root / "vae")
+        _write_tokenizer(root / "tokenizer")
+        FlowMatchEulerDiscreteScheduler().save_pretrained(root / "scheduler")
+        transformer = ["diffusers", "Ideogram4Transformer2DModel"]
+        _write_json(
+            root / "model_index.json",
+            {
+                "_class_name": "Ideogram4Pipeline",
+                "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+                "text_encoder": ["transformers", "Qwen3VLModel"],
+                "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+                "transformer": transformer,
+                "unconditional_transformer": transformer if unconditional else [None, None],
+                "vae": ["diffusers", "AutoencoderKLFlux2"],
+            },
+        )
+
+    def _transformer(self, folder: Path) -> None:
+        with torch.device("meta"):
+            shapes = Ideogram4(**self.size.transformer).state_dict()
+            Ideogram4Transformer2DModel(**self.size.transformer).save_config(folder)
+
+        def make(name: str) -> dict[str, Tensor]:
+            tensor = self._make(folder.name, name, shapes[name].shape, _transformer_value)
+            if self.layout == "diffusers":
+                return split(name, tensor)
+            return self._stored(name, tensor, "layers.")
+
+        self._shards(folder, "diffusion_pytorch_model", shapes, make)
+
+    def _text_encoder(self, folder: Path) -> None:
+        config = Qwen3VLConfig.from_dict(self.size.text_encoder())
+        with torch.device("meta"):
+            shapes = Qwen3VLModel(config).state_dict()
+        if self.fp8:
+            config.ideogram_fp8_weight_only = True  # the flag by which Ideogram's own loader knows
+        config.architectures = ["Qwen3VLModel"]
+        config.dtype = "bfloat16"
+        config.save_pretrained(folder)
+
+        def make(name: str) -> dict[str, Tensor]:
+            tensor = self._make(folder.name, name, shapes[name].shape, _text_encoder_value)
+            return self._stored(name, tensor, "language_model.layers.")
+
+        self._shards(folder, "model", shapes, make)
+
+    def _make(self, part: str, name: str, shape: torch.Size, value: Callable[[str, Tensor], None]) -> Tensor:
+        """One tensor in bfloat16; `value` fills it from standard normal numbers."""
+        generator = torch.Generator(self.device).manual_seed(derived_seed(self.seed, part, name))
+        tensor = torch.randn(shape, generator=generator, device=self.device)
+        value(name, tensor)
+        return tensor.bfloat16()
+
+    def _stored(self, name: str, tensor: Tensor, prefix: str) -> dict[str, Tensor]:
+        """The matrices under `prefix` as fp8 rows, each scaled to use the whole range; the rest as it is."""
+        if not (self.fp8 and name.startswith(prefix) and tensor.dim() == 2):
+            return {name: tensor}
+        scale = tensor.float().abs().amax(dim=1).clamp(min=1e-12) / _FP8_MAX
+        return {name: (tensor.float() / scale[:, None]).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+
+    def _shards(
+        self, folder: Path, stem: str, shapes: dict[str, Tensor], make: Callable[[str], dict[str, Tensor]]
+    ) -> None:
+        sizes = {name: shape.numel() * torch.bfloat16.itemsize for name, shape in shapes.items()}
+        write_shards(folder, stem, sizes, make, self.shard_bytes)
 
 
-def _write_transformer(folder: Path, layout: str, fp8: bool) -> None:
-    model = Ideogram4(**_TRANSFORMER)
-    # Blocks speak louder than what they are added to, from small weights: a LoRA of ordinary size steers them.
-    # Measured over 150 steps on one image: 3.1 to 2.0 at a learning rate of 1e-4, to 1.9 at 1e-3.
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(std=(0.2 if name.startswith("layers.") else 1.0) * module.in_features**-0.5)
-                if module.bias is not None:
-                    module.bias.zero_()
-        for block in model.layers:
-            _, gate_attention, _, gate_ffn = block.adaln_modulation.bias.chunk(4)
-            gate_attention.fill_(2.0)
-            gate_ffn.fill_(2.0)
-        model.input_proj.weight.mul_(0.3)
-        model.embed_image_indicator.weight.mul_(0.1)
-    tensors = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-    if layout == "diffusers":
-        tensors = {part: value for name in tensors for part, value in split(name, tensors[name]).items()}
-    if fp8:
-        tensors = _fp8_rows(tensors, "layers.")
-    with torch.device("meta"):
-        Ideogram4Transformer2DModel(**_TRANSFORMER).save_config(folder)
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+def _transformer_value(name: str, tensor: Tensor) -> None:
+    """Blocks speak louder than what they are added to, from small weights: a LoRA of ordinary size steers them.
+
+    Measured over 150 steps of the tiny size on one image: 3.1 to 2.0 at a learning rate of 1e-4, to 1.9 at 1e-3.
+    """
+    if name.endswith(".adaln_modulation.bias") and name.startswith("layers."):
+        _, gate_attention, _, gate_ffn = tensor.zero_().chunk(4)
+        gate_attention.fill_(2.0)
+        gate_ffn.fill_(2.0)
+    elif tensor.dim() == 1:
+        tensor.fill_(0.0 if name.endswith(".bias") else 1.0)  # the others are norms
+    elif name.startswith("embed_image_indicator."):
+        tensor.mul_(0.1)
+    else:
+        loudness = 0.2 if name.startswith("layers.") else 0.3 if name.startswith("input_proj.") else 1.0
+        tensor.mul_(loudness * tensor.shape[1] ** -0.5)
 
 
-def _write_text_encoder(folder: Path, fp8: bool) -> None:
-    config = Qwen3VLConfig.from_dict(_TEXT_ENCODER)
-    tensors = Qwen3VLModel(config).bfloat16().state_dict()
-    if fp8:
-        tensors = _fp8_rows(tensors, "language_model.layers.")
-        config.ideogram_fp8_weight_only = True  # the flag by which Ideogram's own loader knows
-    config.architectures = ["Qwen3VLModel"]
-    config.dtype = "bfloat16"
-    config.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def _text_encoder_value(name: str, tensor: Tensor) -> None:
+    """transformers' own initialisation of this model."""
+    if tensor.dim() == 1:
+        tensor.fill_(0.0 if name.endswith(".bias") else 1.0)
+    else:
+        tensor.mul_(0.02)
 
 
-def _fp8_rows(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Store the matrices under `prefix` as fp8 rows, each scaled to use the whole range."""
-    rows = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix) and tensor.dim() == 2:
-            scale = tensor.float().abs().amax(dim=1).clamp(min=1e-12) / _FP8_MAX
-            rows[name] = (tensor.float() / scale[:, None]).to(torch.float8_e4m3fn)
-            rows[f"{name}_scale"] = scale
-        else:
-            rows[name] = tensor
-    return rows
-
-
-def _vae() -> AutoencoderKLFlux2:
+def _vae(dimensions: dict[str, Any], device: torch.device) -> AutoencoderKLFlux2:
     """A VAE whose normalised latents of smooth images have mean 0 and variance 1, as the real one's have."""
-    vae = AutoencoderKLFlux2(**_VAE).eval()
-    with torch.no_grad():
+    with torch.device(device):
+        vae = AutoencoderKLFlux2(**dimensions).eval()
         coarse = torch.rand(32, 3, 6, 6) * 2 - 1
+    with torch.no_grad():
         images = nn.functional.interpolate(coarse, size=(96, 96), mode="bicubic").clamp(-1, 1)
         latents = vae.encode(images).latent_dist.mode()
         vae.quant_conv.weight.div_(latents.std())

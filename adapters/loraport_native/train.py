@@ -98,7 +98,7 @@ def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None]) 
 
     from loraport.plugins import plugins
     from loraport_native.data import prepare
-    from loraport_native.device import DTYPES, check_device, choose_device, make_deterministic
+    from loraport_native.device import DTYPES, check_device, choose_device, limit_memory, make_deterministic
     from loraport_native.lora import inject
     from loraport_native.models.checkpoint import find_checkpoint, load_transformer
     from loraport_native.quantize import compile_blocks, quantize_blocks
@@ -107,6 +107,7 @@ def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None]) 
 
     device = choose_device(spec)
     check_device(spec, device)
+    limit_memory(spec, device)
     make_deterministic(spec)
     dtype = DTYPES[spec.model.dtype]
     family = plugins().families()[spec.model.family]

@@ -11,6 +11,7 @@ import torch
 from diffusers import Ideogram4Pipeline
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from transformers import Qwen3VLConfig, Qwen3VLModel
 
 from loraport.errors import DataError
 from loraport_native.models.checkpoint import (
@@ -21,9 +22,11 @@ from loraport_native.models.checkpoint import (
     load_transformer,
     load_vae,
 )
+from loraport_native.models.ideogram4 import Ideogram4
 from loraport_native.models.latents import encode_image
-from loraport_native.models.text import encode, tokenize
-from loraport_native.tiny import write_tiny
+from loraport_native.models.text import TAPS, encode, tokenize
+from loraport_native.sizes import FULL, TINY, Size
+from loraport_native.tiny import write_checkpoint, write_tiny
 
 CAPTION = json.dumps(
     {
@@ -225,3 +228,43 @@ def test_an_unknown_layout_names_the_choices(tmp_path):
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, loraport_native; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+SMALL = Size(
+    transformer={**TINY.transformer, "num_layers": 4, "num_attention_heads": 4, "llm_features_dim": 128 * len(TAPS)},
+    text={**TINY.text, "hidden_size": 128, "num_attention_heads": 2},
+    vae=TINY.vae,
+)
+
+
+def test_any_size_is_written_shard_by_shard_and_holds_the_same_weights_however_it_is_cut(tmp_path):
+    whole = write_checkpoint(tmp_path / "whole", "official", SMALL, unconditional=False)
+    cut = write_checkpoint(tmp_path / "cut", "official", SMALL, unconditional=False, shard_bytes=500_000)
+    assert find_checkpoint(str(whole)).unconditional_transformer is None
+    shards = sorted((cut / "transformer").glob("*.safetensors"))
+    assert len(shards) > 3
+    assert max(path.stat().st_size for path in shards) < 1_000_000
+    assert len(list((cut / "text_encoder").glob("*.safetensors"))) > 3
+    for load in (load_transformer, load_text_encoder):
+        first, second = (
+            load(find_checkpoint(str(folder)), torch.bfloat16, "cpu").state_dict() for folder in (whole, cut)
+        )
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_shards_are_read_by_diffusers_and_transformers_themselves(tmp_path):
+    folder = write_checkpoint(tmp_path / "cut", "diffusers", SMALL, shard_bytes=500_000)
+    pipeline = Ideogram4Pipeline.from_pretrained(folder)
+    assert pipeline.transformer.config.num_layers == 4
+    assert pipeline.text_encoder.config.text_config.hidden_size == 128
+
+
+def test_the_full_size_has_the_dimensions_of_the_released_model():
+    with torch.device("meta"):
+        assert {name: tensor.shape for name, tensor in Ideogram4(**FULL.transformer).state_dict().items()} == {
+            name: tensor.shape for name, tensor in Ideogram4().state_dict().items()
+        }
+        encoder = Qwen3VLModel(Qwen3VLConfig.from_dict(FULL.text_encoder())).language_model
+    blocks = sum(weight.numel() for weight in encoder.layers.parameters())
+    assert blocks == 36 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128)

@@ -9,7 +9,7 @@ from loraport.lora.canonical import LoraModule
 
 
 class LazyModules(Mapping[str, LoraModule]):
-    """Builds a module each time it is asked for and keeps none. What is wrong with a module's numbers is raised then."""
+    """Builds a module each time it is asked for and keeps none. What is wrong with its numbers is raised then."""
 
     def __init__(self, builders: Mapping[str, Callable[[], LoraModule]]):
         self._builders = builders

@@ -5,6 +5,10 @@ changes is itself low-rank, [s_a·B_a, −s_b·B_b] @ [A_a; A_b]; reducing the r
 all row norms and subtracts inside one small product, so equal files come out at about 1e-16 instead of the
 1e-8 that the subtraction of squared Gram norms would leave. A Kronecker product is an outer product of its
 flattened sides, hence the same trick with rank one a file. Anything else is compared in blocks of rows.
+
+Two short cuts keep a conversion about as fast as a copy. Where both files store the same factors bit for bit, only the
+scales can differ, and nothing is multiplied. Where the factors differ a little, as after rounding, U·D − U'·D' =
+U·(D − D') + (U − U')·D' is a sum of two small terms, whose norm follows from Gram matrices (r, r) without cancellation.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loraport.errors import DataError
-from loraport.lora.canonical import Factors, Float64, LoKr, LoraFile, LoraModule, LowRank, exact
+from loraport.lora.canonical import Array, Factors, Float64, LoHa, LoKr, LoraFile, LoraModule, LowRank, exact
 
 # Rounding to a dtype with p significant bits moves each number by at most 2^-p of itself, and a product of two
 # rounded factors by at most twice that: 9.8e-4 for fp16 (p = 11), 7.8e-3 for bf16 (p = 8). Errors of different signs
@@ -25,6 +30,7 @@ from loraport.lora.canonical import Factors, Float64, LoKr, LoraFile, LoraModule
 # for the fp32 alpha. There is no entry for fp8: nothing may be lost in a file that is stored so.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 _LOSSLESS = 1e-6
+_CLOSE = 0.1  # the largest relative difference of factors that counts as rounding
 _BLOCK_NUMBERS = 4_000_000
 
 Term = tuple[Float64, Factors]  # coefficients of the rows (out,), and the product they multiply
@@ -32,7 +38,8 @@ Term = tuple[Float64, Factors]  # coefficients of the rows (out,), and the produ
 
 @dataclass(frozen=True)
 class ModuleProof:
-    """One module: `difference` is ‖ΔW_source − ΔW_written‖ / ‖ΔW_source‖ (Frobenius), `norm` is ‖ΔW_source‖.
+    """One module: `difference` is ‖ΔW_source − ΔW_written‖ / ‖ΔW_source‖ (Frobenius), `norm` is ‖ΔW_source‖, or None
+    where both files store the same factors bit for bit and it was not needed.
 
     With DoRA it is the larger of that (its upper bound, see `_dora_norms`) and the same for the added product
     alone. `zero` says that the source changes nothing here, as an untrained LoRA does.
@@ -40,7 +47,7 @@ class ModuleProof:
 
     name: str
     kind: str
-    norm: float
+    norm: float | None
     difference: float
     tolerance: float
     zero: bool
@@ -120,6 +127,14 @@ def prove(source: LoraFile, written: LoraFile) -> Proof:
 
 def _compare(a: LoraModule, b: LoraModule) -> ModuleProof:
     tolerance = max(_TOLERANCE.get(array.dtype.name, _LOSSLESS) for array in b.factors.arrays().values())
+    if a.dora is None and b.dora is None:
+        if _same_numbers(a.factors, b.factors):
+            empty = _is_zero(a.factors)
+            difference = 0.0 if empty else _relative(abs(a.scale - b.scale), abs(a.scale))
+            return ModuleProof(a.name, b.factors.kind, None, difference, tolerance, zero=empty or a.scale == 0)
+        if close := _close_norms(a, b):
+            norm, apart = close
+            return ModuleProof(a.name, b.factors.kind, norm, _relative(apart, norm), tolerance, zero=norm == 0)
     norm = _norm([_term(a, 1.0)])
     if a.factors.shape != b.factors.shape:
         return ModuleProof(a.name, b.factors.kind, norm, math.inf, tolerance, zero=norm == 0)
@@ -131,6 +146,50 @@ def _compare(a: LoraModule, b: LoraModule) -> ModuleProof:
         # The row scale multiplies W itself, so its fp32 rounding counts in units of ‖W‖, however small ΔW is.
         tolerance += 2.0**-23 * base / norm if norm else 0.0
     return ModuleProof(a.name, b.factors.kind, norm, difference, tolerance, zero=norm == 0)
+
+
+def _bits(array: Array) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _same_numbers(a: Factors, b: Factors) -> bool:
+    """Whether two modules store the same factors, bit for bit."""
+    if type(a) is not type(b):
+        return False
+    mine, other = a.arrays(), b.arrays()
+    return mine.keys() == other.keys() and all(
+        (mine[name].dtype, mine[name].shape) == (other[name].dtype, other[name].shape)
+        and np.array_equal(_bits(mine[name]), _bits(other[name]))
+        for name in mine
+    )
+
+
+def _is_zero(factors: Factors) -> bool:
+    """Whether a factor of a product, or everything where the kind is not a plain product, holds zeros alone."""
+    zeros = (not _bits(array).any() for array in factors.arrays().values())
+    return any(zeros) if isinstance(factors, LowRank | LoHa | LoKr) else all(zeros)
+
+
+def _close_norms(a: LoraModule, b: LoraModule) -> tuple[float, float] | None:
+    """‖ΔW_a‖ and ‖ΔW_a − ΔW_b‖ of two low-rank modules whose factors nearly agree, else None."""
+    first, second = a.factors, b.factors
+    if not (isinstance(first, LowRank) and isinstance(second, LowRank)) or a.scale == 0:
+        return None
+    if (first.shape, first.rank) != (second.shape, second.rank):
+        return None
+    up, down, other = exact(first.up), exact(first.down), exact(second.down)
+    off_up, off_down = up - exact(second.up) * (b.scale / a.scale), down - other
+    if max(_share(off_up, up), _share(off_down, down)) > _CLOSE:
+        return None
+    upper = up.T @ up
+    squares = np.sum(upper * (off_down @ off_down.T)) + np.sum((off_up.T @ off_up) * (other @ other.T))
+    squares += 2 * np.sum((up.T @ off_up) * (off_down @ other.T))
+    norm = math.sqrt(max(float(np.sum(upper * (down @ down.T))), 0.0))
+    return abs(a.scale) * norm, abs(a.scale) * math.sqrt(max(float(squares), 0.0))
+
+
+def _share(part: Float64, whole: Float64) -> float:
+    return _relative(float(np.linalg.norm(part)), float(np.linalg.norm(whole)))
 
 
 def _relative(apart: float, norm: float) -> float:

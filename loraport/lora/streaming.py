@@ -28,9 +28,9 @@ def stream_tensors(
 ) -> None:
     """Write `tensors` as they come, as one step: the old file stays until the new one is whole.
 
-    Memory is that of one tensor and of those of other element sizes together. `room` is a guess, in bytes, at the header
-    and the wider tensors; when it is too little, what was written is moved once, in place. Raises RunFolderError when the place
-    cannot be written, and whatever `tensors` raises; then nothing is left behind.
+    Memory is that of one tensor and of those of other element sizes together. `room` is a guess, in bytes, at the
+    header and the wider tensors; when it is too little, what was written is moved once, in place. Raises RunFolderError
+    when the place cannot be written, and whatever `tensors` raises; then nothing is left behind.
     """
     with atomic_path(path) as draft, open(draft, "w+b") as file:
         _stream(file, tensors, metadata, room)

@@ -222,3 +222,26 @@ def test_a_dora_that_nobody_knows_the_norms_of_asks_for_the_base_model():
     module = LoraModule("m", make("lora", np.random.default_rng(15)), 1.0, RowScale(np.ones(OUT), divisor="base"))
     with pytest.raises(DataError, match=r"m: a DoRA .* base weights"):
         prove(lora(module), lora(module))
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "factored"])
+def test_where_the_factors_are_the_same_bits_only_the_scales_are_compared(kind, monkeypatch):
+    monkeypatch.setattr(proof_module, "exact", None)  # nothing may be multiplied
+    factors = make(kind, np.random.default_rng(20), dtype=ml_dtypes.bfloat16)
+    again = factors.map(lambda _, array: array.copy())
+    row = only(prove(lora(LoraModule("m", factors, 0.5)), lora(LoraModule("m", again, 0.505))))
+    assert (row.norm, row.difference, row.ok) == (None, pytest.approx(0.01), False)
+    assert only(prove(lora(LoraModule("m", factors, 0.5)), lora(LoraModule("m", again, 0.5)))).ok
+    empty = factors.map(lambda _, array: np.zeros_like(array))
+    assert only(prove(lora(LoraModule("m", empty, 0.5)), lora(LoraModule("m", empty, 0.7)))).zero
+
+
+@given(st.integers(0, 2**32), st.floats(0.01, 100), st.sampled_from([np.float16, ml_dtypes.bfloat16]))
+@settings(max_examples=40, deadline=None)
+def test_after_rounding_the_gram_matrices_give_what_the_whole_matrices_give(seed, scale, dtype):
+    factors = make("lora", np.random.default_rng(seed), 4)
+    a = LoraModule("m", factors, scale)
+    b = LoraModule("m", factors.map(lambda _, array: array.astype(dtype)), scale * 1.001)
+    row = only(prove(lora(a), lora(b)))
+    assert row.difference == pytest.approx(np.linalg.norm(dense(a) - dense(b)) / np.linalg.norm(dense(a)), rel=1e-6)
+    assert row.norm == pytest.approx(np.linalg.norm(dense(a)))

@@ -50,6 +50,12 @@ class RunFolderError(LoraPortError):
     exit_code = 7
 
 
+class DifferentError(LoraPortError):
+    """Two LoRA files that were compared are not the same adapter."""
+
+    exit_code = 8
+
+
 class Interrupted(LoraPortError):
     """The run was stopped on request; the message says how to go on."""
 

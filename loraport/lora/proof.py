@@ -30,8 +30,11 @@ from loraport.lora.canonical import Array, Factors, Float64, LoHa, LoKr, LoraFil
 # for the fp32 alpha. There is no entry for fp8: nothing may be lost in a file that is stored so.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 _LOSSLESS = 1e-6
+_CANCELLED = 1e-3
 _CLOSE = 0.1  # the largest relative difference of factors that counts as rounding
 _BLOCK_NUMBERS = 4_000_000
+
+_PLAIN = ("lora", "loha", "lokr", "full")
 
 Term = tuple[Float64, Factors]  # coefficients of the rows (out,), and the product they multiply
 
@@ -84,6 +87,26 @@ class Proof:
         odd = self.missing or self.extra or self.unread_source or self.unread_written
         return not odd and all(module.ok for module in self.modules)
 
+    @property
+    def why(self) -> str:
+        """What is not as it should be, in one line; empty when all is well."""
+        problems = [
+            f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+            for what, names in (
+                ("modules missing", self.missing),
+                ("modules too many", self.extra),
+                ("keys not understood in the source", self.unread_source),
+                ("keys not understood in the written file", self.unread_written),
+            )
+            if names
+        ]
+        worst = self.worst
+        if worst is not None and not worst.ok:
+            problems.append(
+                f"{worst.name} differs by {worst.difference:.2e} of its size, where {worst.tolerance:.0e} is allowed"
+            )
+        return "; ".join(problems)
+
     def to_json(self) -> dict[str, Any]:
         """A dict ready for `json.dump`; an infinite difference becomes null."""
         worst = self.worst
@@ -110,14 +133,14 @@ class Proof:
         }
 
 
-def prove(source: LoraFile, written: LoraFile) -> Proof:
-    """Compare what two files mean, module by module.
+def prove(source: LoraFile, written: LoraFile, both_rounded: bool = False) -> Proof:
+    """Compare what two files mean, module by module, allowing for the rounding of the written one.
 
-    Raises DataError when a DoRA part lacks the norms of the base weights in both files.
+    With `both_rounded` neither is the source: the rounding of the coarser of the two dtypes is allowed. Raises DataError when a DoRA part lacks the norms of the base weights in both files.
     """
     common = [name for name in source.modules if name in written.modules]
     return Proof(
-        modules=tuple(_compare(source.modules[name], written.modules[name]) for name in common),
+        modules=tuple(_compare(source.modules[name], written.modules[name], both_rounded) for name in common),
         missing=tuple(name for name in source.modules if name not in written.modules),
         extra=tuple(name for name in written.modules if name not in source.modules),
         unread_source=source.unread,
@@ -125,8 +148,9 @@ def prove(source: LoraFile, written: LoraFile) -> Proof:
     )
 
 
-def _compare(a: LoraModule, b: LoraModule) -> ModuleProof:
-    tolerance = max(_TOLERANCE.get(array.dtype.name, _LOSSLESS) for array in b.factors.arrays().values())
+def _compare(a: LoraModule, b: LoraModule, both_rounded: bool) -> ModuleProof:
+    rounded = [*b.factors.arrays().values(), *(a.factors.arrays().values() if both_rounded else ())]
+    tolerance = max(_TOLERANCE.get(array.dtype.name, _LOSSLESS) for array in rounded)
     if a.dora is None and b.dora is None:
         if _same_numbers(a.factors, b.factors):
             empty = _is_zero(a.factors)
@@ -153,8 +177,8 @@ def _bits(array: Array) -> NDArray[np.uint8]:
 
 
 def _same_numbers(a: Factors, b: Factors) -> bool:
-    """Whether two modules store the same factors, bit for bit."""
-    if type(a) is not type(b):
+    """Whether two modules store the same factors, bit for bit, of a kind whose arrays are all there is to it."""
+    if type(a) is not type(b) or a.kind not in _PLAIN:
         return False
     mine, other = a.arrays(), b.arrays()
     return mine.keys() == other.keys() and all(
@@ -171,7 +195,8 @@ def _is_zero(factors: Factors) -> bool:
 
 
 def _close_norms(a: LoraModule, b: LoraModule) -> tuple[float, float] | None:
-    """‖ΔW_a‖ and ‖ΔW_a − ΔW_b‖ of two low-rank modules whose factors nearly agree, else None."""
+    """‖ΔW_a‖ and ‖ΔW_a − ΔW_b‖ of two low-rank modules whose factors nearly agree and whose differences do not
+    cancel, else None."""
     first, second = a.factors, b.factors
     if not (isinstance(first, LowRank) and isinstance(second, LowRank)) or a.scale == 0:
         return None
@@ -182,10 +207,12 @@ def _close_norms(a: LoraModule, b: LoraModule) -> tuple[float, float] | None:
     if max(_share(off_up, up), _share(off_down, down)) > _CLOSE:
         return None
     upper = up.T @ up
-    squares = np.sum(upper * (off_down @ off_down.T)) + np.sum((off_up.T @ off_up) * (other @ other.T))
-    squares += 2 * np.sum((up.T @ off_up) * (off_down @ other.T))
+    apart = np.sum(upper * (off_down @ off_down.T)) + np.sum((off_up.T @ off_up) * (other @ other.T))
+    squares = apart + 2 * np.sum((up.T @ off_up) * (off_down @ other.T))
+    if squares < _CANCELLED * apart:
+        return None
     norm = math.sqrt(max(float(np.sum(upper * (down @ down.T))), 0.0))
-    return abs(a.scale) * norm, abs(a.scale) * math.sqrt(max(float(squares), 0.0))
+    return abs(a.scale) * norm, abs(a.scale) * math.sqrt(float(squares))
 
 
 def _share(part: Float64, whole: Float64) -> float:

@@ -136,7 +136,7 @@ def _refuse_what_is_no_file(path: Path) -> None:
 
 def _fill(file: io.FileIO, raw: NDArray[np.uint8]) -> int:
     """Read until `raw` is full or the file ends: one system call gives 2 GiB at most. Returns the bytes read."""
-    done, view = 0, memoryview(raw)
+    done, view = 0, raw.data
     while done < len(view):
         count = file.readinto(view[done:])
         if not count:
@@ -180,4 +180,4 @@ def header_text(header: Mapping[str, Any]) -> bytes:
 def raw_bytes(array: Array) -> memoryview:
     """The numbers of an array as a file holds them: in order, little-endian. No copy where they lie so already."""
     ordered = np.ascontiguousarray(array, dtype=_DTYPES[_CODES[array.dtype.name]])
-    return memoryview(ordered.reshape(-1).view(np.uint8))
+    return ordered.reshape(-1).view(np.uint8).data

@@ -18,7 +18,6 @@ from loraport.run.record import Record
 if TYPE_CHECKING:
     from loraport.families import Family
     from loraport.lora.dialect import Dialect
-    from loraport.lora.proof import Proof
 
 PUBLISHED = "comfyui"  #: the dialect of the published file
 
@@ -49,7 +48,7 @@ def finish(
         proof = prove(trained, writer.read(draft))
         if not proof.ok:
             raise BackendError(
-                f"The LoRA written for ComfyUI does not mean what {plan.backend} trained: {_why(proof)}. "
+                f"The LoRA written for ComfyUI does not mean what {plan.backend} trained: {proof.why}. "
                 "Nothing was published.",
                 hint=f"The trainer's own file is {source}. Please report this.",
             )
@@ -79,22 +78,3 @@ def detect_dialect(path: Path, dialects: Mapping[str, Dialect]) -> Dialect:
             f"{path}: no LoRA dialect knows these keys: {some}. Dialects: {', '.join(sorted(dialects)) or 'none'}."
         )
     return dialects[best]
-
-
-def _why(proof: Proof) -> str:
-    problems = [
-        f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-        for what, names in (
-            ("modules missing", proof.missing),
-            ("modules too many", proof.extra),
-            ("keys not understood in the trainer's file", proof.unread_source),
-            ("keys not understood in the written file", proof.unread_written),
-        )
-        if names
-    ]
-    worst = proof.worst
-    if worst is not None and not worst.ok:
-        problems.append(
-            f"{worst.name} differs by {worst.difference:.2e} of its size, where {worst.tolerance:.0e} is allowed"
-        )
-    return "; ".join(problems)

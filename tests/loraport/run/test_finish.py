@@ -133,7 +133,7 @@ def test_keys_that_the_dialect_did_not_understand_stop_the_run(new_run: NewRun, 
     write_lora(source)
     tensors = dict(read_tensors(source))
     write_tensors(source, {**tensors, "text_model.secret": np.zeros((2, 2), np.float32)}, {})
-    with pytest.raises(BackendError, match=r"keys not understood in the trainer's file: text_model.secret"):
+    with pytest.raises(BackendError, match=r"keys not understood in the source: text_model.secret"):
         run_finish(new_run, source, ComfyUI())
 
 

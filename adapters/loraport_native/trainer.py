@@ -115,6 +115,7 @@ class Trainer:
                 images_per_second=sum(len(batch) for _, batch in parts) / seconds,
                 grad_norm=norm_value,
                 peak_memory_gib=peak_memory_gib(self.device),
+                peak_reserved_gib=peak_reserved_gib(self.device),
             )
         )
 
@@ -267,3 +268,8 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.mps.driver_allocated_memory() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_reserved_gib(device: torch.device) -> float | None:
+    """Most memory so far that torch's allocator held of a CUDA card, GiB; None elsewhere."""
+    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None

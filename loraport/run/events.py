@@ -44,6 +44,9 @@ class Progress(_Event):
     type: Literal["progress"] = "progress"
     done: int = Field(ge=0, description="Units done.")
     total: int = Field(ge=0, description="Units in all.")
+    peak_memory_gib: float | None = Field(
+        None, ge=0, description="Most memory of the phase so far, GiB; on a CPU, of the process so far."
+    )
 
 
 class Step(_Event):
@@ -59,6 +62,9 @@ class Step(_Event):
     grad_norm: float | None = Field(None, ge=0, description="Gradient norm before clipping.")
     peak_memory_gib: float | None = Field(
         None, ge=0, description="Most memory so far, GiB: allocated on the device, or resident in host memory on a CPU."
+    )
+    peak_reserved_gib: float | None = Field(
+        None, ge=0, description="Most memory so far that the allocator held of a CUDA card, unused parts included, GiB."
     )
 
 

@@ -46,6 +46,7 @@ class AskingDialect(Dialect, Protocol):
 class WritableDialect(Dialect, Protocol):
     """A dialect that can also be written."""
 
-    def write(self, lora: LoraFile, path: Path, dtype: str, metadata: Mapping[str, str]) -> None:
-        """Write a file in `dtype` ('bf16', 'fp16' or 'fp32'). Raises DataError when a value does not fit."""
+    def write(self, lora: LoraFile, path: Path, dtype: str | None, metadata: Mapping[str, str]) -> None:
+        """Write a file in `dtype` ('bf16', 'fp16' or 'fp32'), or None for each tensor's own. Raises DataError when a
+        value does not fit."""
         ...

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraport.errors import DataError
-from loraport.lora.canonical import Array, Factors, Float64, LoHa, LoKr, LoraFile, LoraModule, LowRank, exact
+from loraport.lora.canonical import Array, Factors, Float64, LoHa, LoKr, LoraFile, LoraModule, LowRank, RowScale, exact
 
 # Rounding to a dtype with p significant bits moves each number by at most 2^-p of itself, and a product of two
 # rounded factors by at most twice that: 9.8e-4 for fp16 (p = 11), 7.8e-3 for bf16 (p = 8). Errors of different signs
@@ -136,7 +136,8 @@ class Proof:
 def prove(source: LoraFile, written: LoraFile, both_rounded: bool = False) -> Proof:
     """Compare what two files mean, module by module, allowing for the rounding of the written one.
 
-    With `both_rounded` neither is the source: the rounding of the coarser of the two dtypes is allowed. Raises DataError when a DoRA part lacks the norms of the base weights in both files.
+    With `both_rounded` neither is the source: the rounding of the coarser of the two dtypes is allowed. Raises
+    DataError when a DoRA part lacks the norms of the base weights in both files.
     """
     common = [name for name in source.modules if name in written.modules]
     return Proof(
@@ -151,14 +152,13 @@ def prove(source: LoraFile, written: LoraFile, both_rounded: bool = False) -> Pr
 def _compare(a: LoraModule, b: LoraModule, both_rounded: bool) -> ModuleProof:
     rounded = [*b.factors.arrays().values(), *(a.factors.arrays().values() if both_rounded else ())]
     tolerance = max(_TOLERANCE.get(array.dtype.name, _LOSSLESS) for array in rounded)
-    if a.dora is None and b.dora is None:
-        if _same_numbers(a.factors, b.factors):
-            empty = _is_zero(a.factors)
-            difference = 0.0 if empty else _relative(abs(a.scale - b.scale), abs(a.scale))
-            return ModuleProof(a.name, b.factors.kind, None, difference, tolerance, zero=empty or a.scale == 0)
-        if close := _close_norms(a, b):
-            norm, apart = close
-            return ModuleProof(a.name, b.factors.kind, norm, _relative(apart, norm), tolerance, zero=norm == 0)
+    if _same_dora(a.dora, b.dora) and (a.dora is None or a.scale == b.scale) and _same_numbers(a.factors, b.factors):
+        empty = _is_zero(a.factors) and a.dora is None
+        difference = 0.0 if empty else _relative(abs(a.scale - b.scale), abs(a.scale))
+        return ModuleProof(a.name, b.factors.kind, None, difference, tolerance, zero=empty or a.scale == 0)
+    if a.dora is None and b.dora is None and (close := _close_norms(a, b)):
+        norm, apart = close
+        return ModuleProof(a.name, b.factors.kind, norm, _relative(apart, norm), tolerance, zero=norm == 0)
     norm = _norm([_term(a, 1.0)])
     if a.factors.shape != b.factors.shape:
         return ModuleProof(a.name, b.factors.kind, norm, math.inf, tolerance, zero=norm == 0)
@@ -186,6 +186,17 @@ def _same_numbers(a: Factors, b: Factors) -> bool:
         and np.array_equal(_bits(mine[name]), _bits(other[name]))
         for name in mine
     )
+
+
+def _same_dora(a: RowScale | None, b: RowScale | None) -> bool:
+    """Whether neither is a DoRA, or both are the same one for any base weights."""
+    if a is None or b is None:
+        return a is b
+    return a.divisor == b.divisor and np.array_equal(a.trained, b.trained) and _norms(a) == _norms(b)
+
+
+def _norms(dora: RowScale) -> list[list[float] | None]:
+    return [None if norm is None else norm.tolist() for norm in (dora.base_norm, dora.merged_norm)]
 
 
 def _is_zero(factors: Factors) -> bool:

@@ -245,3 +245,12 @@ def test_after_rounding_the_gram_matrices_give_what_the_whole_matrices_give(seed
     row = only(prove(lora(a), lora(b)))
     assert row.difference == pytest.approx(np.linalg.norm(dense(a) - dense(b)) / np.linalg.norm(dense(a)), rel=1e-6)
     assert row.norm == pytest.approx(np.linalg.norm(dense(a)))
+
+
+def test_a_dora_of_unknown_norms_equals_itself_and_no_other():
+    factors = make("lora", np.random.default_rng(21), dtype=np.float32)
+    module = LoraModule("m", factors, 0.5, RowScale(np.ones(OUT), divisor="base"))
+    assert only(prove(lora(module), lora(module))).ok
+    for other in (replace(module, scale=0.6), replace(module, dora=RowScale(np.full(OUT, 2.0), divisor="base"))):
+        with pytest.raises(DataError, match="base model"):
+            prove(lora(module), lora(other))

@@ -21,6 +21,7 @@ from loraport.spec.models import TrainSpec
 from loraport_native import flow
 from loraport_native.checkpoints import load_state, save_checkpoint, whole_checkpoints
 from loraport_native.data import Sample, TrainingSet, epoch_batches
+from loraport_native.distributed import ALONE, Group
 from loraport_native.lora import Adapter, Ema, Masters, write_adapter
 from loraport_native.models.ideogram4 import Ideogram4
 from loraport_native.optim import make_optimizer, make_schedule
@@ -47,9 +48,11 @@ class Trainer:
         data: TrainingSet,
         emit: Emit,
         draw_samples: Callable[[int], None] = lambda step: None,
+        group: Group = ALONE,
     ):
         self.spec, self.run_dir, self.model = spec, run_dir, model
         self.adapter, self.data, self.emit, self.draw_samples = adapter, data, emit, draw_samples
+        self.group = group
         self.device = model.embed_image_indicator.weight.device
         self.masters = Masters(adapter, model.dtype)
         self.optimizer = make_optimizer(self.masters.weights, spec.train)
@@ -70,9 +73,10 @@ class Trainer:
                 self.emit(PhaseStarted(phase="train"))
             self._one_step()
             last = self.step == spec.train.steps
-            if last or self.stop_requested or (spec.save.every and self.step % spec.save.every == 0):
+            stop = self.group.any(self.stop_requested)
+            if last or stop or (spec.save.every and self.step % spec.save.every == 0):
                 self._save()
-            if self.stop_requested and not last:
+            if stop and not last:
                 raise Stopped
             phase_is_over = self._at_intervals()
 
@@ -82,19 +86,22 @@ class Trainer:
         started = time.perf_counter()
         train = self.spec.train
         self.model.train()
-        parts: list[tuple[Tensor, list[Sample]]] = []
-        for part in range(train.gradient_accumulation):
-            index = self.step * train.gradient_accumulation + part
-            batch = self._batch(index)
-            loss = self._loss(batch, index) / train.gradient_accumulation
+        # Counted over all GPUs, so that the data and the noise of a step do not depend on how many there are.
+        parts = train.gradient_accumulation * self.group.size
+        indices = range(self.step * parts, (self.step + 1) * parts)
+        batches = [self._batch(index) for index in indices]
+        losses = torch.zeros(parts, device=self.device)
+        for part in self.group.share(range(parts)):
+            loss = self._loss(batches[part], indices[part]) / parts
             loss.backward()
             self.masters.collect_gradients()
-            parts.append((loss.detach(), batch))
+            losses[part] = loss.detach()
+        self.group.sum_gradients(self.masters.weights, losses)
         norm = torch.nn.utils.clip_grad_norm_(self.masters.weights, train.max_grad_norm or math.inf)
-        value, norm_value = torch.stack([loss for loss, _ in parts]).sum().item(), norm.item()
+        value, norm_value = losses.sum().item(), norm.item()
         if not (math.isfinite(value) and math.isfinite(norm_value)):
-            bad = [sample for loss, batch in parts if not loss.isfinite() for sample in batch]
-            every = [sample for _, batch in parts for sample in batch]
+            suspects = [batch for loss, batch in zip(losses, batches, strict=True) if not loss.isfinite()]
+            bad, every = ([sample for batch in some for sample in batch] for some in (suspects, batches))
             raise self._diverged("loss" if bad else "gradient", self.step + 1, bad or every)
         rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
@@ -112,7 +119,7 @@ class Trainer:
                 loss=value,
                 lr=rate,
                 seconds=seconds,
-                images_per_second=sum(len(batch) for _, batch in parts) / seconds,
+                images_per_second=sum(map(len, batches)) / seconds,
                 grad_norm=norm_value,
                 peak_memory_gib=peak_memory_gib(self.device),
                 peak_reserved_gib=peak_reserved_gib(self.device),
@@ -172,7 +179,7 @@ class Trainer:
         if validate:
             self.emit(PhaseStarted(phase="validate"))
             self._with_saved_weights(self._validate)
-        if sample:
+        if sample and self.group.leads:
             self.emit(PhaseStarted(phase="sample"))
             self._with_saved_weights(lambda: self.draw_samples(self.step))
         return bool(validate or sample)
@@ -192,17 +199,20 @@ class Trainer:
     def _validate(self) -> None:
         """The held-out loss: each image at fixed noise and noise levels, the same in every run whatever its seed."""
         levels = (torch.arange(VALIDATION_LEVELS, dtype=torch.float64) + 0.5) / VALIDATION_LEVELS
-        train, values = self.spec.train, []
-        for number, sample in enumerate(self.data.held_out):
+        train, z = self.spec.train, torch.special.ndtri(levels).float()
+        values = torch.zeros(len(self.data.held_out) * VALIDATION_LEVELS, device=self.device)
+        for case in self.group.share(range(len(values))):
+            number, level = divmod(case, VALIDATION_LEVELS)
+            sample = self.data.held_out[number]
             width, height = sample.bucket
-            mean = flow.shifted_mean(train.timestep_mean, width, height)
-            for level, z in enumerate(torch.special.ndtri(levels).float()):
-                generator = torch.Generator().manual_seed(derived_seed(0, "validation", number, level))
-                latents = self.data.latents(sample)[None]
-                noise = torch.randn(latents.shape, generator=generator)
-                sigma = torch.sigmoid(mean + train.timestep_std * z)[None]
-                values.append(self._losses(latents, noise, sigma, [sample.text], (height // 16, width // 16)))
-        mean_loss = torch.cat(values).double().mean().item()
+            generator = torch.Generator().manual_seed(derived_seed(0, "validation", number, level))
+            latents = self.data.latents(sample)[None]
+            noise = torch.randn(latents.shape, generator=generator)
+            sigma = torch.sigmoid(flow.shifted_mean(train.timestep_mean, width, height) + train.timestep_std * z[level])
+            grid = (height // 16, width // 16)
+            values[case] = self._losses(latents, noise, sigma[None], [sample.text], grid)[0]
+        self.group.sum(values)
+        mean_loss = values.double().mean().item()
         if not math.isfinite(mean_loss):
             raise self._diverged("held-out loss", self.step, self.data.held_out)
         self.emit(Validation(step=self.step, loss=mean_loss))
@@ -212,6 +222,8 @@ class Trainer:
     def _save(self) -> None:
         if not all(weight.isfinite().all() for weight in self.masters.weights):
             raise self._diverged("adapter", self.step, [])
+        if not self.group.leads:
+            return
         state = {
             "step": self.step,
             "masters": self.masters.state(),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loraport.errors import DataError
 from loraport.lora.canonical import LoraFile, LoraModule, LowRank
+from loraport.lora.dialect import UnknownScale
 from loraport.lora.storage import read_tensors
 
 _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -31,21 +32,27 @@ class DiffSynthDialect:
         return own / len(keys) if keys else 0.0
 
     def read(self, path: Path) -> LoraFile:
-        """Raises DataError when a module is not whole, or nothing beside the file tells the scale."""
+        """Raises DataError when a module is not whole, and UnknownScale when nothing beside the file tells it."""
+        return self._read(path, *_trained_with(path))
+
+    def read_with_alpha(self, path: Path, alpha: float | None) -> LoraFile:
+        """Read with what a person says of the scale; None stands for the rank."""
+        return self._read(path, None, alpha)
+
+    def _read(self, path: Path, rank: int | None, alpha: float | None) -> LoraFile:
         tensors = read_tensors(path)
-        rank, alpha = _trained_with(path)
         modules = {}
         for name in dict.fromkeys(key.removesuffix(_DOWN).removesuffix(_UP) for key in tensors):
             missing = [name + suffix for suffix in (_DOWN, _UP) if name + suffix not in tensors]
             if missing:
                 raise DataError(f"{path}: LoRA module {name} is not whole: {', '.join(missing)} is missing.")
             factors = LowRank(down=tensors[name + _DOWN], up=tensors[name + _UP])
-            if factors.rank != rank:
+            if rank is not None and factors.rank != rank:
                 raise DataError(
                     f"{path}: LoRA module {name} has rank {factors.rank}, but {ARGUMENTS} beside it tells of {rank}.",
                     hint=f"Put the {ARGUMENTS} of the training that wrote this file beside it.",
                 )
-            modules[name] = LoraModule(name, factors, alpha / rank)
+            modules[name] = LoraModule(name, factors, 1.0 if alpha is None else alpha / factors.rank)
         return LoraFile(None, modules, dict(tensors.metadata))
 
 
@@ -57,7 +64,7 @@ def _trained_with(path: Path) -> tuple[int, float]:
         rank = int(content["lora_rank"])
         return rank, float(content.get("lora_alpha", rank))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
+        raise UnknownScale(
             f"{path} does not tell its scale, and {arguments} cannot be read ({type(error).__name__}: {error}).",
             hint=f"DiffSynth writes {ARGUMENTS} into the folder of its LoRA files: put the two beside each other.",
         ) from error

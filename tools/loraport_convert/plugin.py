@@ -1,4 +1,4 @@
-"""Registers the LoRA dialects."""
+"""Registers the LoRA dialects and the commands that convert, compare and combine LoRA files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from loraport.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    import typer
+
     from loraport.lora.dialect import Dialect
 
 
@@ -18,3 +20,10 @@ def register_dialects(register: Callable[[Dialect], None]) -> None:
 
     register(ComfyUI())
     register(Peft())
+
+
+@hookimpl
+def register_commands(cli: typer.Typer) -> None:
+    from loraport_convert.commands import add_commands
+
+    add_commands(cli)

@@ -1,0 +1,118 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from loraport.errors import DataError
+from loraport.lora.canonical import LoKr, LoraFile, LoraModule, LowRank
+from loraport.lora.stacked import Part, Stacked
+from loraport.lora.storage import read_tensors, write_tensors
+from loraport_convert.comfyui import ComfyUI
+from loraport_convert.publishing import PROOF_KEY, Target, publish
+
+
+class Faulty(ComfyUI):
+    """A writer with a defect: `fault` changes the LoRA before it is written."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def write(self, lora, path, dtype, metadata):
+        super().write(self.fault(lora), path, dtype, metadata)
+
+
+def fused():
+    """A LoRA with q, k and v in one module, block by block, and another module."""
+    rng = np.random.default_rng(3)
+    modules = [
+        LoraModule("layers.0.attention.qkv", LowRank(down=rng.random((6, 32)), up=blocks(rng)), 0.5),
+        LoraModule("layers.0.attention.o", LowRank(down=rng.random((2, 32)), up=rng.random((32, 2))), 0.5),
+    ]
+    narrow = [replace(each, factors=each.factors.map(lambda _, a: a.astype(np.float32))) for each in modules]
+    return LoraFile("ideogram4", {each.name: each for each in narrow})
+
+
+def blocks(rng):
+    up = np.zeros((96, 6))
+    for n in range(3):
+        up[n * 32 : (n + 1) * 32, n * 2 : (n + 1) * 2] = rng.random((32, 2))
+    return up
+
+
+def changed(change):
+    """A fault that replaces the module of q, k and v."""
+    name = "layers.0.attention.qkv"
+    return lambda lora: replace(lora, modules={**lora.modules, name: change(lora.modules[name])})
+
+
+def with_up(rows):
+    return changed(lambda module: replace(module, factors=replace(module.factors, up=module.factors.up[rows])))
+
+
+Q, K, V = (np.arange(n * 32, (n + 1) * 32) for n in range(3))
+FAULTS = {
+    "forgotten alpha": changed(lambda module: replace(module, scale=1.0)),
+    "alpha not tripled": changed(lambda module: replace(module, scale=module.scale / 3)),
+    "k and q swapped": with_up(np.concatenate([K, Q, V])),
+    "truncated tensor": with_up(np.arange(95)),
+    "missing module": lambda lora: replace(lora, modules={n: m for n, m in lora.modules.items() if "qkv" not in n}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_writer_that_does_this_is_caught_and_leaves_no_output(tmp_path, fault):
+    target = Target(tmp_path / "out.safetensors", Faulty(FAULTS[fault]))
+    with pytest.raises(DataError, match=r"not written.*attention\.qkv"):
+        publish(fused(), target, [])
+    assert list(tmp_path.iterdir()) == []
+    assert publish(fused(), replace(target, writer=ComfyUI()), []).proof.ok
+
+
+def test_a_writer_that_makes_a_dora_scale_of_one_axis_is_caught(tmp_path):
+    class Flat(ComfyUI):
+        def write(self, lora, path, dtype, metadata):
+            super().write(lora, path, dtype, metadata)
+            key = "diffusion_model.layers.0.attention.o.dora_scale"
+            write_tensors(path, {**read_tensors(path), key: np.ones(32, np.float32)}, metadata)
+
+    with pytest.raises(DataError, match="dora_scale"):
+        publish(fused(), Target(tmp_path / "out.safetensors", Flat()), [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_of_the_writer_leaves_the_old_output(tmp_path):
+    out = tmp_path / "out.safetensors"
+    out.write_text("mine")
+
+    def crash(lora):
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        publish(fused(), Target(out, Faulty(crash), overwrite=True), [])
+    assert [each.name for each in tmp_path.iterdir()] == [out.name]
+    assert out.read_text() == "mine"
+
+
+def stacked():
+    """A Kronecker product on each of q, k and v, which is none of the three together."""
+    rng = np.random.default_rng(5)
+    parts = tuple(Part(n * 32, LoKr(w1=rng.random((4, 4)), w2=rng.random((8, 8))), 0.5) for n in range(3))
+    return LoraModule("layers.0.attention.qkv", Stacked(96, parts).map(lambda _, array: array.astype(np.float32)), 1.0)
+
+
+def test_a_module_that_no_format_holds_is_approximated_only_when_asked(tmp_path):
+    module = stacked()
+    source, out = LoraFile("ideogram4", {module.name: module}), tmp_path / "out.safetensors"
+    with pytest.raises(DataError, match="--approximate"):
+        publish(source, Target(out, ComfyUI()), [])
+    assert list(tmp_path.iterdir()) == []
+    low = publish(source, Target(out, ComfyUI(), approximate="svd", rank=8), [])
+    assert low.approximated == (module.name,)
+    product = module.factors.product()(0, 96)
+    sizes = np.linalg.svd(product, compute_uv=False)
+    best = np.linalg.norm(sizes[8:]) / np.linalg.norm(sizes)
+    assert low.proof.modules[0].difference == pytest.approx(best, rel=0.01)
+    assert json.loads(read_tensors(out).metadata[PROOF_KEY])["approximated"] == [module.name]
+    whole = publish(source, Target(out, ComfyUI(), approximate="diff", overwrite=True), [])
+    assert (whole.approximated, whole.proof.ok) == ((), True)

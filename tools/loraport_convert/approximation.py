@@ -1,0 +1,102 @@
+"""What to write for a module that a file format cannot hold exactly: its whole change, or the best of a given rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import cast
+
+import ml_dtypes
+import numpy as np
+
+from loraport.errors import DataError
+from loraport.lora.canonical import Array, Float64, LoraModule, LowRank, exact
+from loraport.lora.stacked import Full
+
+_BLOCK_NUMBERS = 4_000_000
+_OVERSAMPLING, _ITERATIONS = 16, 2  # of the randomised range finder; see Halko, Martinsson and Tropp, 2011
+
+
+def whole(module: LoraModule) -> LoraModule:
+    """The change itself, (out, in), in the dtype of the factors (bf16 for fp8 ones). Not for convolutions or DoRA."""
+    _refuse_dora(module)
+    out, columns = module.factors.shape
+    product = module.factors.product()
+    diff = np.empty((out, columns), _dtype(module))
+    block = max(1, _BLOCK_NUMBERS // columns)
+    for start in range(0, out, block):
+        stop = min(start + block, out)
+        diff[start:stop] = module.scale * product(start, stop)
+    return LoraModule(module.name, Full(diff), 1.0)
+
+
+def truncated(module: LoraModule, rank: int) -> tuple[LoraModule, float, float]:
+    """The closest change of at most `rank`, with ‖difference‖ before rounding and ‖ΔW‖ (Frobenius).
+
+    A LoRA is decomposed through QR of its factors and never multiplied out; other kinds by randomised SVD over blocks
+    of rows, with a fixed seed. A LoRA of no higher rank comes back as it is. Raises DataError for a DoRA, whose row
+    norms belong to the untruncated change.
+    """
+    _refuse_dora(module)
+    factors = module.factors
+    if isinstance(factors, LowRank):
+        left, right = exact(factors.up), exact(factors.down)
+        left_q, left_r = np.linalg.qr(left)
+        right_q, right_r = np.linalg.qr(right.T)
+        u, sizes, vt = np.linalg.svd(left_r @ right_r.T, full_matrices=False)
+        norm = abs(module.scale) * float(np.linalg.norm(sizes))
+        if factors.rank <= rank:
+            return module, 0.0, norm
+        u, vt = left_q @ u, vt @ right_q.T
+    else:
+        u, sizes, vt, norm = _randomised(module, rank)
+        norm *= abs(module.scale)
+    kept = sizes[:rank] * abs(module.scale)
+    root = np.sqrt(kept)
+    error = math.sqrt(max(norm**2 - float(np.sum(kept**2)), 0.0))
+    up = u[:, :rank] * root * np.sign(module.scale)
+    down = root[:, None] * vt[:rank]
+    dtype = _dtype(module)
+    if isinstance(factors, LowRank):
+        up = up.reshape(up.shape + factors.up.shape[2:])
+        down = down.reshape((len(down), *factors.down.shape[1:]))
+    return replace(module, factors=LowRank(down.astype(dtype), up.astype(dtype)), scale=1.0), error, norm
+
+
+def _randomised(module: LoraModule, rank: int) -> tuple[Float64, Float64, Float64, float]:
+    """Left vectors, sizes and right vectors of the product, and its norm; only blocks of rows are ever formed."""
+    out, columns = module.factors.shape
+    product = module.factors.product()
+    block = max(1, _BLOCK_NUMBERS // columns)
+    rows = [(start, min(start + block, out)) for start in range(0, out, block)]
+    width = min(rank + _OVERSAMPLING, out, columns)
+    sketch = np.random.default_rng(0).standard_normal((columns, width))
+    squares = 0.0
+    for _ in range(_ITERATIONS):
+        sketch, _ = np.linalg.qr(sketch)
+        applied = np.zeros_like(sketch)
+        for start, stop in rows:
+            part = product(start, stop)
+            applied += part.T @ (part @ sketch)
+        sketch = applied
+    right, _ = np.linalg.qr(sketch)
+    image = np.empty((out, right.shape[1]))
+    for start, stop in rows:
+        part = product(start, stop)
+        squares += float(np.sum(part**2))
+        image[start:stop] = part @ right
+    u, sizes, vt = np.linalg.svd(image, full_matrices=False)
+    return u, sizes, vt @ right.T, math.sqrt(squares)
+
+
+def _dtype(module: LoraModule) -> np.dtype[np.generic]:
+    first: Array = next(iter(module.factors.arrays().values()))
+    return cast("np.dtype[np.generic]", first.dtype if first.itemsize > 1 else np.dtype(ml_dtypes.bfloat16))
+
+
+def _refuse_dora(module: LoraModule) -> None:
+    if module.dora is not None:
+        raise DataError(
+            f"LoRA module {module.name} is a DoRA, which cannot be approximated without the base weights.",
+            hint="Convert it as it is.",
+        )

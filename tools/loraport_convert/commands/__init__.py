@@ -1,0 +1,12 @@
+"""The converter's commands, one file each. Nothing heavy is imported before one runs."""
+
+from __future__ import annotations
+
+import typer
+
+from loraport_convert.commands import convert, verify
+
+
+def add_commands(cli: typer.Typer) -> None:
+    for module in (convert, verify):
+        module.add_commands(cli)

@@ -1,0 +1,151 @@
+"""The one way a converted, merged or resized LoRA gets to its place: written as a draft, read back, proven, renamed.
+
+Nothing else of a command writes a LoRA. An input is never replaced, and until the proof holds there is no output.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from loraport.errors import DataError
+from loraport.files import atomic_path, write_atomic
+from loraport.lora.canonical import LoraFile, LoraModule
+from loraport.lora.dialect import WritableDialect
+from loraport.lora.lazy import LazyModules
+from loraport.lora.proof import Proof, prove
+from loraport.lora.stacked import NotExact
+from loraport.lora.storage import read_tensors
+from loraport.lora.streaming import replace_metadata
+from loraport_convert.approximation import truncated, whole
+from loraport_convert.reading import read_back
+
+Approximate = Literal["svd", "diff"]
+PROOF_KEY = "loraport.proof"
+_KEPT = ("modelspec.", "ss_", "loraport.family", "loraport.spec_sha256")
+#: A place on the machine of whoever trained it: nothing is ever opened through it, and it is nobody's business.
+_MACHINE_PATH = re.compile(r"(?:^|[\s\"'=:,\[(])(?:/(?!/)[^\s/\"']+/|~/|[A-Za-z]:[\\/]|\\\\)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and how a LoRA is written. `dtype` None keeps each tensor's own; `rank` is that of an SVD."""
+
+    path: Path
+    writer: WritableDialect
+    dtype: str | None = None
+    overwrite: bool = False
+    approximate: Approximate | None = None
+    rank: int = 64
+
+
+@dataclass(frozen=True)
+class Published:
+    """A LoRA that is in its place. `approximated` modules differ by what the proof says of them."""
+
+    path: Path
+    proof: Proof
+    approximated: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": str(self.path), "approximated": list(self.approximated)} | self.proof.to_json()
+
+
+def check_target(target: Target, inputs: Collection[Path]) -> None:
+    """Raise DataError when the output is one of the inputs, exists, or has no folder to go to."""
+    path = target.path
+    if path.suffix != ".safetensors":
+        raise DataError(f"{path} must end in .safetensors.")
+    for each in inputs:
+        if path.resolve() == each.resolve() or (path.exists() and each.exists() and path.samefile(each)):
+            raise DataError(f"{path} is the input itself, which is never replaced.", hint="Choose another -o OUT.")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder.", hint="Give the file to write.")
+    if not path.parent.is_dir():
+        raise DataError(f"The folder {path.parent} does not exist.", hint="Make it first, or choose another -o OUT.")
+    if not target.overwrite and (path.exists() or path.is_symlink()):
+        raise DataError(f"{path} exists already.", hint="Give --overwrite to replace it, or choose another -o OUT.")
+
+
+def publish(source: LoraFile, target: Target, inputs: Collection[Path]) -> Published:
+    """Write `source` to its place, with the proof in its metadata and in `<name>.proof.json` beside it.
+
+    Raises DataError when the output would replace an input or another file, or when what was written does not mean
+    what was asked within the dtype's rounding; then there is no output.
+    """
+    check_target(target, inputs)
+    metadata = carried(source.metadata)
+    with atomic_path(target.path) as draft:
+        # The proof comes when the data is written: this leaves room for it in the header.
+        room = " " * (400 + sum(len(name) + 30 for name in source.modules))
+        lossy = _write(source, target, draft, metadata | {PROOF_KEY: room})
+        proof = prove(source, read_back(target.writer, draft))
+        approximated = tuple(sorted(lossy & {module.name for module in proof.modules if not module.ok}))
+        published = Published(target.path, proof, approximated)
+        if reason := _refusal(proof, lossy):
+            raise DataError(
+                f"{target.path} was not written, because it would not mean what the source means: {reason}.",
+                hint="Give --dtype fp32 where rounding is the reason."
+                if proof.worst and not proof.worst.ok
+                else "A key without a meaning would be lost without a word; please report the file's trainer.",
+            )
+        replace_metadata(draft, read_tensors(draft).metadata | {PROOF_KEY: _in_metadata(published)})
+    text = json.dumps(published.to_json(), indent=2, allow_nan=False, ensure_ascii=False)
+    write_atomic(target.path.with_suffix(".proof.json"), text + "\n")
+    return published
+
+
+def carried(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The entries of a source's metadata that are still true of the output: no format's own, no machine's paths."""
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key.startswith(_KEPT) and key != PROOF_KEY and not _MACHINE_PATH.search(value)
+    }
+
+
+def _write(source: LoraFile, target: Target, draft: Path, metadata: Mapping[str, str]) -> set[str]:
+    """Write the draft, and give the names of modules that were replaced by an approximation."""
+    lossy: set[str] = set()
+    kinds: set[str] = set()
+    while True:
+        builders = {name: partial(_module, source, name, kinds, target, lossy) for name in source.modules}
+        try:
+            target.writer.write(replace(source, modules=LazyModules(builders)), draft, target.dtype, metadata)
+        except NotExact as error:
+            kind = source.modules[error.module].factors.kind
+            if target.approximate is None:
+                raise DataError(
+                    error.message,
+                    hint="Give --approximate diff for the whole change (a large file), or --approximate svd for the "
+                    "closest LoRA of --rank N; the error is told.",
+                ) from error
+            if kind in kinds:
+                raise
+            kinds.add(kind)
+        else:
+            return lossy
+
+
+def _module(source: LoraFile, name: str, kinds: set[str], target: Target, lossy: set[str]) -> LoraModule:
+    module = source.modules[name]
+    if module.factors.kind not in kinds:
+        return module
+    lossy.add(name)
+    return whole(module) if target.approximate == "diff" else truncated(module, target.rank)[0]
+
+
+def _refusal(proof: Proof, lossy: Collection[str]) -> str:
+    return replace(proof, modules=tuple(each for each in proof.modules if each.name not in lossy)).why
+
+
+def _in_metadata(published: Published) -> str:
+    proof = published.proof.to_json()
+    differences = {row["name"]: row["difference"] and float(f"{row['difference']:.1e}") for row in proof["modules"]}
+    short = {"exact": proof["ok"], "approximated": list(published.approximated), "differences": differences}
+    return json.dumps(short, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,106 @@
+"""From a path to the canonical form: which files there are, which dialect each is in, and the scale where it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraport.errors import DataError
+from loraport.lora.canonical import LoraFile
+from loraport.lora.dialect import AskingDialect, Dialect, UnknownScale
+from loraport.lora.lazy import LazyModules
+from loraport.lora.storage import read_tensors
+from loraport.run.finish import detect_dialect
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a person says about the scale of files that do not tell it. `alpha` None stands for each module's rank."""
+
+    alpha: float | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file, the dialect it is written in, and what it means."""
+
+    path: Path
+    dialect: Dialect
+    lora: LoraFile
+    asked: bool  #: whether its scale is what the person said
+
+
+def lora_file(path: Path) -> Path:
+    """The tensor file of a path: of an adapter folder as PEFT saves it, that in it."""
+    return path / PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else path
+
+
+def lora_files(path: Path) -> list[Path]:
+    """The safetensors files at a path: itself, or all below a folder. Links to folders are not followed.
+
+    Raises DataError when there are none.
+    """
+    path = lora_file(path)
+    if not path.is_dir():
+        return [path]
+    found = sorted(each for each in path.rglob("*.safetensors") if each.is_file() and not each.name.startswith("."))
+    if not found:
+        raise DataError(f"{path} holds no .safetensors file.")
+    return found
+
+
+def read_lora(path: Path, dialects: Mapping[str, Dialect], scale: Scale | None = None) -> Found:
+    """Read any LoRA. `scale` counts only where the file tells none itself.
+
+    Raises DataError when no dialect knows the file, it is damaged, or nothing tells its scale.
+    """
+    path = lora_file(path)
+    dialect = detect_dialect(path, dialects)
+    try:
+        return Found(path, dialect, dialect.read(path), asked=False)
+    except UnknownScale as error:
+        if not isinstance(dialect, AskingDialect):
+            raise
+        if scale is None:
+            known = error.hint or "A guess would make it too strong or too weak without a word."
+            raise UnknownScale(
+                error.message,
+                hint=f"{known} Or give --alpha N, the alpha it was trained with, or --assume-alpha rank where the trainer "
+                "sets alpha to the rank.",
+            ) from error
+        return Found(path, dialect, dialect.read_with_alpha(path, scale.alpha), asked=True)
+
+
+def read_back(dialect: Dialect, path: Path) -> LoraFile:
+    """Read what `dialect` has just written. One that never writes its scale means alpha = rank by that."""
+    try:
+        return dialect.read(path)
+    except UnknownScale:
+        if not isinstance(dialect, AskingDialect):
+            raise
+        return dialect.read_with_alpha(path, None)
+
+
+def only(lora: LoraFile, pattern: str) -> LoraFile:
+    """The modules whose whole name matches a regular expression. Raises DataError when none does or it is none."""
+    import re
+    from functools import partial
+
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise DataError(f"--only: {pattern!r} is not a regular expression: {error}.") from error
+    kept = [name for name in lora.modules if expression.fullmatch(name)]
+    if not kept:
+        some = ", ".join(list(lora.modules)[:3])
+        raise DataError(f"--only: no module's whole name matches {pattern!r}. Modules are named like {some}.")
+    modules = LazyModules({name: partial(lora.modules.__getitem__, name) for name in kept})
+    return LoraFile(lora.family, modules, lora.metadata, lora.unread)
+
+
+def tensors_of(paths: Iterable[Path]) -> set[Path]:
+    """The real places of input files, which no output may replace. Raises DataError for one that cannot be read."""
+    return {read_tensors(path).path.resolve() for path in paths}

@@ -19,7 +19,7 @@ OPTIONS = {
     "device": "auto, cpu or cuda:N",
     "arch": "ai-toolkit's name of the architecture, for an extension of your own",
     "text_encoder_path": "hub id or folder of the text encoder with its tokenizer",
-    "qtype": "ai-toolkit's quantisation of the transformer, such as uint4 or orbit4, instead of memory.quantize's",
+    "qtype": "ai-toolkit's quantisation of the transformer, such as uint4 or orbit4, instead of memory.storage's",
     "qtype_te": "the same for the text encoder",
     "layer_offloading_transformer_percent": f"share of its layers that wait in host memory, {_FRACTION}",
     "layer_offloading_text_encoder_percent": f"share of its layers that wait in host memory, {_FRACTION}",
@@ -206,6 +206,7 @@ def _lora(table: VerdictTable) -> None:
 
 def _train(table: VerdictTable) -> None:
     train = table.spec.train
+    table.choose("train.gpus", [1], "one process", "set train.gpus: 1")
     table.exact("train.steps", reason="optimizer steps; a step that ran out of memory is skipped, counted and told")
     if train.batch_size == 1:
         table.exact("train.batch_size", reason="one image a step")
@@ -270,23 +271,30 @@ def timestep_type(spec: TrainSpec) -> str:
 
 def _memory(table: VerdictTable) -> None:
     memory = table.spec.memory
-    table.exact("memory.profile", reason="already filled into the fields below")
+    table.exact("memory.profile", "memory.quantize", reason="already filled into the fields below")
     if "qtype" in table.spec.backend.options:
-        table.defaulted("memory.quantize", reason=f"options.qtype: {table.spec.backend.options['qtype']}")
-    elif memory.quantize in (None, "none"):
-        table.exact("memory.quantize", reason="weights in model.dtype, the text encoder too")
-    elif memory.quantize == "nf4":
+        table.defaulted("memory.storage", reason=f"options.qtype: {table.spec.backend.options['qtype']}")
+    elif memory.storage == "none":
+        table.exact("memory.storage", reason="weights in model.dtype")
+    elif memory.storage == "nf4":
         table.refused(
-            "memory.quantize",
+            "memory.storage",
             reason="ai-toolkit has no nf4: set memory.quantize: fp8 with memory.offload: group, or int8, or one of its "
             "own 4-bit kinds with backend.options.qtype: uint4",
         )
     else:
         table.choose(
-            "memory.quantize",
+            "memory.storage",
             list(QTYPES),
-            "blocks and text encoder; fp8 is quanto's qfloat8, or torchao's float8 while layers are offloaded",
+            "fp8 is quanto's qfloat8, or torchao's float8 while layers are offloaded",
             "choose one of these",
+        )
+    table.choose("memory.compute", ["model"], "weights are unpacked for each product", "set memory.compute: model")
+    if "qtype_te" in table.spec.backend.options:
+        table.defaulted("memory.text_encoder", reason=f"options.qtype_te: {table.spec.backend.options['qtype_te']}")
+    else:
+        table.choose(
+            "memory.text_encoder", ["none", *QTYPES], "quantize_te and qtype_te", "ai-toolkit has no nf4: choose fp8"
         )
     table.choose(
         "memory.offload",
@@ -300,7 +308,10 @@ def _memory(table: VerdictTable) -> None:
         "block_compile; where compiling fails ai-toolkit goes on without it, and the run says so",
         "set memory.compile: none or regional",
     )
-    table.exact("memory.gradient_checkpointing", reason="each block is recomputed in the backward pass")
+    if memory.gradient_checkpointing in ("none", "full"):
+        table.exact("memory.gradient_checkpointing", reason="every block is recomputed in the backward pass, or none")
+    else:
+        table.approximated("memory.gradient_checkpointing", reason="full: ai-toolkit has no dial")
 
 
 def _outputs(table: VerdictTable) -> None:

@@ -168,9 +168,8 @@ class _Import:
         elif quantized:
             options["qtype"] = qtype
             self.note(f"model.qtype: {qtype!r} has no name in the spec; kept as an option of this backend")
-        if bool(quantized_te) != bool(quantized):
-            self.note(f"model.quantize_te: {quantized_te}; the spec quantises transformer and text encoder together")
-        elif quantized and _QUANTIZE.get(qtype_te, qtype_te) != _QUANTIZE.get(qtype, qtype):
+        text_encoder = _QUANTIZE.get(qtype_te) if quantized_te else "none"
+        if text_encoder is None:
             options["qtype_te"] = qtype_te
         offloaded = bool(model.pop("layer_offloading", model.pop("auto_memory", False)))
         for part in ("transformer", "text_encoder"):
@@ -189,7 +188,8 @@ class _Import:
             self.note("model.compile: the whole model; the spec compiles each block, which takes less time")
         self._leftovers("model", model)
         return {
-            "quantize": quantize,
+            "storage": quantize,
+            "text_encoder": text_encoder or "none",
             "offload": "group" if offloaded else "none",
             "compile": "regional" if compiled else "none",
             "gradient_checkpointing": self._checkpointing,

@@ -164,7 +164,7 @@ def _train(spec: TrainSpec) -> dict[str, Any]:
         "gradient_accumulation": train.gradient_accumulation,
         "train_unet": True,
         "train_text_encoder": False,
-        "gradient_checkpointing": spec.memory.gradient_checkpointing is not False,
+        "gradient_checkpointing": spec.memory.gradient_checkpointing != "none",
         "noise_scheduler": "flowmatch",
         "timestep_type": timestep_type(spec),
         "content_or_style": spec.backend.options.get("content_or_style", "balanced"),
@@ -209,17 +209,18 @@ def _validation(spec: TrainSpec) -> dict[str, Any]:
 
 def _model(spec: TrainSpec) -> dict[str, Any]:
     memory, options = spec.memory, spec.backend.options
-    quantized = "qtype" in options or memory.quantize in QTYPES
+    quantized = "qtype" in options or memory.storage in QTYPES
+    quantized_te = "qtype_te" in options or memory.text_encoder in QTYPES
     offloaded = memory.offload == "group"
-    qtype = options.get("qtype", QTYPES.get(memory.quantize or "none", "qfloat8"))
+    qtype = options.get("qtype", QTYPES.get(memory.storage or "none", "qfloat8"))
     compiled = memory.compile == "regional"
     return {
         "name_or_path": spec.model.checkpoint,
         "arch": options.get("arch", "ideogram4"),
         "quantize": quantized,
         "qtype": qtype,
-        "quantize_te": quantized,
-        "qtype_te": options.get("qtype_te", QTYPES.get(memory.quantize or "none", "qfloat8")),
+        "quantize_te": quantized_te,
+        "qtype_te": options.get("qtype_te", QTYPES.get(memory.text_encoder or "none", "qfloat8")),
         "low_vram": options.get("low_vram", quantized or offloaded),
         "layer_offloading": offloaded,
         "layer_offloading_transformer_percent": options.get("layer_offloading_transformer_percent", 1.0),

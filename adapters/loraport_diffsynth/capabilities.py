@@ -47,7 +47,7 @@ def is_split(spec: TrainSpec) -> bool:
     chosen = spec.backend.options.get("split")
     if isinstance(chosen, bool):
         return chosen
-    return (spec.memory.quantize != "none" or spec.memory.offload != "none") and not _cannot_split(spec)
+    return (spec.memory.storage != "none" or spec.memory.offload != "none") and not _cannot_split(spec)
 
 
 def _cannot_split(spec: TrainSpec) -> bool:
@@ -163,6 +163,7 @@ def _lora(table: VerdictTable) -> None:
 def _train(table: VerdictTable, resume: bool) -> None:
     spec = table.spec
     train, script = spec.train, own_script(spec)
+    table.choose("train.gpus", [1], "one process", "set train.gpus: 1")
     table.exact("train.steps", reason="as many rows of metadata.jsonl as are trained, in one epoch")
     if train.batch_size == 1:
         table.exact("train.batch_size", "train.gradient_accumulation", reason="DiffSynth takes image by image")
@@ -217,21 +218,23 @@ def _train(table: VerdictTable, resume: bool) -> None:
 def _memory(table: VerdictTable) -> None:
     spec = table.spec
     memory, stored = spec.memory, PREQUANTIZED.get(spec.model.checkpoint)
-    table.exact("memory.profile", reason="already filled into the fields below")
+    table.exact("memory.profile", "memory.quantize", reason="already filled into the fields below")
     split = "; encoding and training are two phases" if is_split(spec) else ""
-    if stored and memory.quantize != stored:
-        other = next((name for name, kind in PREQUANTIZED.items() if kind == memory.quantize), None)
-        table.defaulted(
-            "memory.quantize",
-            reason=f"{stored}: DiffSynth keeps that checkpoint's weights as they are stored"
-            + (f"; for {memory.quantize} train on {other}" if other else "")
-            + split,
-        )
-    elif stored:
-        table.exact("memory.quantize", reason=f"the checkpoint is stored so, the text encoder too{split}")
-    else:
-        how = "--quant_options, for the text encoder too" if memory.quantize != "none" else "stored as they are"
-        table.choose("memory.quantize", ["none", *METHODS], how + split, "choose one of these")
+    for path, wanted in (("memory.storage", memory.storage), ("memory.text_encoder", memory.text_encoder)):
+        if stored and wanted != stored:
+            other = next((name for name, kind in PREQUANTIZED.items() if kind == wanted), None)
+            table.defaulted(
+                path,
+                reason=f"{stored}: DiffSynth keeps that checkpoint's weights as they are stored"
+                + (f"; for {wanted} train on {other}" if other else "")
+                + split,
+            )
+        elif stored:
+            table.exact(path, reason=f"the checkpoint is stored so{split}")
+        else:
+            how = "--quant_options" if wanted != "none" else "stored as it is"
+            table.choose(path, ["none", *METHODS], how + split, "choose one of these")
+    table.choose("memory.compute", ["model"], "unpacked to bf16 for each product", "set memory.compute: model")
     if memory.offload == "group":
         table.approximated("memory.offload", reason="--enable_model_cpu_offload: single layers visit the device")
     else:
@@ -240,7 +243,10 @@ def _memory(table: VerdictTable) -> None:
         table.exact("memory.compile", reason="no compilation, as in DiffSynth")
     else:
         table.defaulted("memory.compile", reason="none: DiffSynth does not compile")
-    table.exact("memory.gradient_checkpointing", reason="--use_gradient_checkpointing")
+    if memory.gradient_checkpointing in ("none", "full"):
+        table.exact("memory.gradient_checkpointing", reason="--use_gradient_checkpointing, or without it")
+    else:
+        table.approximated("memory.gradient_checkpointing", reason="full: DiffSynth has no dial")
 
 
 def _outputs(table: VerdictTable) -> None:

@@ -98,6 +98,8 @@ def _all_models(name: str, values: list[str]) -> str:
     if name == "model_paths":
         with contextlib.suppress(ValueError, TypeError):  # what is no list is told later
             return json.dumps([model for value in values for model in json.loads(value)])
+    if name == "quant_options":
+        return ";".join(values)
     return values[0]
 
 
@@ -110,7 +112,13 @@ def _from_commands(commands: list[Options], base: Path, stem: str) -> Imported:
         (each for each in commands if not str(each.get("task", "")).endswith(":data_process")), commands[-1]
     )
     given: Options = {**{name: value for each in commands for name, value in each.items()}, **training}
-    for name in ("model_paths", "model_id_with_origin_paths", "dataset_base_path", "dataset_metadata_path"):
+    for name in (
+        "model_paths",
+        "model_id_with_origin_paths",
+        "quant_options",
+        "dataset_base_path",
+        "dataset_metadata_path",
+    ):
         # The encoding reads the data, and the models of which the training needs only one.
         read = [str(each[name]) for each in commands if name in each]
         if read:
@@ -262,16 +270,17 @@ class _Reader:
         return targets_of(text)
 
     def _memory(self) -> dict[str, Any]:
-        methods = {
-            entry.rpartition(":")[2].partition("/")[0] for entry in str(self._take("quant_options") or "").split(";")
-        }
-        methods.discard("")
         known = {method: name for name, method in METHODS.items()}
-        if len(methods) > 1 or methods - set(known):
-            self.notes.append(f"--quant_options with {', '.join(sorted(methods))}: a spec knows {', '.join(known)}.")
-        chosen = next((known[method] for method in sorted(methods) if method in known), "none")
+        stored = {"storage": "none", "text_encoder": "none"}
+        for entry in filter(None, str(self._take("quant_options") or "").split(";")):
+            model, _, rest = entry.rpartition(":")
+            method = rest.partition("/")[0]
+            if method in known:
+                stored["text_encoder" if "text_encoder" in model else "storage"] = known[method]
+            else:
+                self.notes.append(f"--quant_options with {method}: a spec knows {', '.join(known)}.")
         return {
-            "quantize": chosen,
+            **stored,
             "offload": "group" if self._take("enable_model_cpu_offload") else "none",
             "compile": "none",
             "gradient_checkpointing": bool(self._take("use_gradient_checkpointing")),
@@ -329,7 +338,8 @@ _ENDS = {
 
 def _memory_of(memory: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     """What a checkpoint is stored in is what it is trained in."""
-    return {**memory, "quantize": PREQUANTIZED.get(checkpoint, memory["quantize"])}
+    stored = PREQUANTIZED.get(checkpoint)
+    return memory | ({"storage": stored, "text_encoder": stored} if stored else {})
 
 
 def _plain(value: Any) -> str | bool:

@@ -162,7 +162,7 @@ def _images(spec: TrainSpec, metadata: str) -> list[str]:
 
 
 def _checkpointing(spec: TrainSpec) -> list[str]:
-    return ["--use_gradient_checkpointing"] if spec.memory.gradient_checkpointing else []
+    return ["--use_gradient_checkpointing"] if spec.memory.gradient_checkpointing != "none" else []
 
 
 def _offloading(spec: TrainSpec) -> list[str]:
@@ -188,7 +188,9 @@ def _models(spec: TrainSpec, parts: list[str]) -> list[str]:
 
 
 def _quantized(spec: TrainSpec, parts: list[str]) -> list[str]:
-    method = METHODS.get(spec.memory.quantize or "none")
-    if method is None or spec.model.checkpoint in PREQUANTIZED:
+    if spec.model.checkpoint in PREQUANTIZED:
         return []
-    return ["--quant_options", ";".join(f"{_model(spec, part)}:{method}" for part in parts)]
+    storage = {TRANSFORMER: spec.memory.storage, TEXT_ENCODER: spec.memory.text_encoder}
+    methods = {part: METHODS.get(storage[part] or "none") for part in parts}
+    options = [f"{_model(spec, part)}:{method}" for part, method in methods.items() if method]
+    return ["--quant_options", ";".join(options)] if options else []

@@ -12,6 +12,29 @@ OPTIONS = {
 }
 
 
+_COMPUTE = {
+    "model": "weights are unpacked to model.dtype for each product",
+    "fp8": "scaled 8-bit products, forward and backward, of activations scaled as they come",
+}
+_OFFLOAD = {
+    "none": "every block stays on the device",
+    "group": "blocks are streamed from pinned host memory, ahead of their use, in both directions",
+    "group+activations": "blocks are streamed from pinned host memory, and saved activations go there and back",
+    "disk": "blocks are streamed from the mapped file of the checkpoint",
+}
+_COMPILE = {
+    "none": "nothing is compiled",
+    "regional": "one compilation for all blocks",
+    "full": "the whole model in one compilation",
+}
+_CHECKPOINTING = {
+    "none": "no activation is recomputed",
+    "selective": "blocks are recomputed in the backward pass, but for what is dear to compute",
+    "full": "each block is recomputed in the backward pass",
+    "auto": "as many blocks are recomputed as the memory there is asks for",
+}
+
+
 def verdicts(spec: TrainSpec) -> list[Verdict]:
     """One verdict for each field."""
     table = VerdictTable(spec)
@@ -97,8 +120,8 @@ def _lora(table: VerdictTable) -> None:
     # LyCORIS does so by itself, and then knows no rank to divide alpha by.
     whole = "; where the rank is half of a factor's side or more, that factor is whole and alpha counts for nothing"
     table.exact("lora.rank", "lora.alpha", reason=f"trained by {library}{whole if lora.type == 'lokr' else ''}")
-    if lora.dora and table.spec.memory.quantize != "none":
-        table.refused("lora.dora", reason="DoRA needs the full weights: set memory.quantize: none")
+    if lora.dora and table.spec.memory.storage != "none":
+        table.refused("lora.dora", reason="DoRA needs the full weights: set memory.storage: none")
     else:
         table.exact("lora.dora", reason="trained by peft; written so that ComfyUI computes the same weights")
     if lora.dropout and lora.type != "lora":
@@ -115,6 +138,7 @@ def _lora(table: VerdictTable) -> None:
 
 
 def _train(table: VerdictTable) -> None:
+    table.exact("train.gpus", reason="one process a GPU; gradients of the adapter are averaged over them")
     table.exact("train.steps", "train.batch_size", "train.gradient_accumulation", reason="steps are optimizer steps")
     table.exact("train.learning_rate", "train.weight_decay", reason="passed to the optimizer")
     libraries = {
@@ -140,21 +164,21 @@ def _train(table: VerdictTable) -> None:
 
 
 def _memory(table: VerdictTable) -> None:
-    table.exact("memory.profile", reason="already filled into the fields below")
+    table.exact("memory.profile", "memory.quantize", reason="already filled into the fields below")
+    table.exact("memory.storage", reason="the blocks' frozen weights; the layers around them keep model.dtype")
     table.choose(
-        "memory.quantize",
-        ["none", "fp8", "int8", "nf4"],
-        "the blocks' frozen weights, by torchao (fp8, int8) or bitsandbytes (nf4)",
-        "choose one of these",
+        "memory.compute", list(_COMPUTE), _COMPUTE.get(table.spec.memory.compute or "", ""), "choose one of them"
     )
-    table.choose("memory.offload", ["none"], "every block stays on the device", "set memory.offload: none")
+    table.exact("memory.text_encoder", reason="the text encoder's blocks, while captions are encoded; then it is freed")
     table.choose(
-        "memory.compile",
-        ["none", "regional"],
-        "one compilation for all blocks",
-        "set memory.compile: regional",
+        "memory.offload", list(_OFFLOAD), _OFFLOAD.get(table.spec.memory.offload or "", ""), "choose one of them"
     )
-    table.exact("memory.gradient_checkpointing", reason="each block is recomputed in the backward pass")
+    table.choose(
+        "memory.compile", list(_COMPILE), _COMPILE.get(table.spec.memory.compile or "", ""), "choose one of them"
+    )
+    table.exact(
+        "memory.gradient_checkpointing", reason=_CHECKPOINTING[table.spec.memory.gradient_checkpointing or "none"]
+    )
 
 
 def _options(table: VerdictTable) -> None:

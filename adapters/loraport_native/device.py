@@ -56,8 +56,8 @@ def free_memory_bytes(device: torch.device) -> int:
 
 def check_device(spec: TrainSpec, device: torch.device) -> None:
     """Raise SpecError for settings that this device cannot do."""
-    if device.type == "mps" and spec.memory.quantize != "none":
-        raise SpecError(f"memory.quantize: {spec.memory.quantize} needs CUDA or a CPU; on MPS use none.")
+    if device.type == "mps" and spec.memory.storage != "none":
+        raise SpecError(f"memory.storage: {spec.memory.storage} needs CUDA or a CPU; on MPS use none.")
     if spec.memory.compile == "regional" and not any(map(shutil.which, _compilers(device))):
         raise SpecError(
             f"memory.compile: regional needs a compiler, {' or '.join(_compilers(device))}, and none is installed.",

@@ -114,7 +114,7 @@ class Sampler:
     def _unconditional(self, device: torch.device) -> torch.nn.Module:
         if not is_guided(self.spec):
             return _NoGuidance(self.model.dtype, device)
-        method = self.spec.memory.quantize or "none"
+        method = self.spec.memory.storage or "none"
         other = load_transformer(
             self.checkpoint,
             self.model.dtype,

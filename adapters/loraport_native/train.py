@@ -117,11 +117,11 @@ def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None]) 
     data = prepare(spec, checkpoint, device, dtype, emit, extra_captions=prompts)
 
     emit(PhaseStarted(phase="load", detail="transformer"))
-    method = spec.memory.quantize or "none"
+    method = spec.memory.storage or "none"
     model = load_transformer(checkpoint, dtype, device, prepare_block=lambda block: quantize_blocks(block, method))
     model.drop_text_projection()
     adapter = inject(model, spec.lora, family.target_patterns(spec.lora.targets), derived_seed(spec.train.seed, "init"))
-    if spec.memory.gradient_checkpointing:
+    if spec.memory.gradient_checkpointing != "none":
         model.enable_gradient_checkpointing()
     compile_blocks(model.layers, spec.memory.compile or "none")
     gc.collect()

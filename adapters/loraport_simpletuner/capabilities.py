@@ -167,6 +167,7 @@ def _lora(table: VerdictTable) -> None:
 
 def _train(table: VerdictTable) -> None:
     train = table.spec.train
+    table.choose("train.gpus", [1], "num_processes", "set train.gpus: 1")
     table.exact("train.steps", reason="max_train_steps; they are optimizer steps")
     table.exact("train.batch_size", "train.gradient_accumulation", reason="passed on")
     table.exact("train.learning_rate", reason="passed on")
@@ -218,22 +219,25 @@ def _schedule(table: VerdictTable) -> None:
 
 def _memory(table: VerdictTable) -> None:
     memory, base = table.spec.memory, mapping.base_of(table.spec)
-    table.exact("memory.profile", reason="already filled into the fields below")
+    table.exact("memory.profile", "memory.quantize", reason="already filled into the fields below")
     if isinstance(base, str):
-        table.refused("memory.quantize", reason=base)
-    elif memory.quantize not in ("none", "fp8", "int8", "nf4"):
-        table.refused("memory.quantize", reason="only none, fp8, int8, nf4; choose one of these")
+        table.refused("memory.storage", reason=base)
     elif base.precision == "no_change":
         table.exact(
-            "memory.quantize",
+            "memory.storage",
             reason="fp8 weights of the checkpoint are unpacked"
             if base.upcast
             else "the checkpoint's own, kept as it is",
         )
     else:
         table.approximated(
-            "memory.quantize", reason=f"base_model_precision: {base.precision}, over more than the blocks"
+            "memory.storage", reason=f"base_model_precision: {base.precision}, over more than the blocks"
         )
+    table.choose("memory.compute", ["model"], "mixed_precision", "set memory.compute: model")
+    if memory.text_encoder == "none":
+        table.exact("memory.text_encoder", reason="text_encoder_1_precision: no_change")
+    else:
+        table.defaulted("memory.text_encoder", reason="text_encoder_1_precision: no_change, as the checkpoint has it")
     if memory.offload == "none":
         table.exact("memory.offload", reason="every block stays on the device")
     elif memory.offload == "group":
@@ -251,7 +255,10 @@ def _memory(table: VerdictTable) -> None:
         "dynamo_backend with dynamo_use_regional_compilation",
         "set memory.compile: regional",
     )
-    table.exact("memory.gradient_checkpointing", reason="passed on")
+    if memory.gradient_checkpointing in ("none", "full"):
+        table.exact("memory.gradient_checkpointing", reason="gradient_checkpointing: every block, or none")
+    else:
+        table.approximated("memory.gradient_checkpointing", reason="full: SimpleTuner has no dial")
 
 
 def _save(table: VerdictTable) -> None:

@@ -361,7 +361,7 @@ class _Import:
         grouped = bool(self.take("enable_group_offload", False))
         compiled = self.take("dynamo_backend", "no") not in ("no", "", None)
         return {
-            "quantize": quantize,
+            "storage": quantize,
             "offload": "group" if swapped or grouped else "none",
             "compile": "regional" if compiled else "none",
             "gradient_checkpointing": self.get("gradient_checkpointing"),

@@ -59,16 +59,16 @@ def is_local(checkpoint: str) -> bool:
 
 
 def base_of(spec: TrainSpec) -> Base | str:
-    """The base model for `memory.quantize`, or why SimpleTuner cannot have it."""
-    checkpoint, quantize = spec.model.checkpoint, spec.memory.quantize
-    if checkpoint == OFFICIAL["fp8"] and quantize == "nf4":
+    """The base model for `memory.storage`, or why SimpleTuner cannot have it."""
+    checkpoint, storage = spec.model.checkpoint, spec.memory.storage
+    if checkpoint == OFFICIAL["fp8"] and storage == "nf4":
         checkpoint = OFFICIAL["nf4"]
     nf4, fp8 = checkpoint.endswith("nf4"), checkpoint.endswith("fp8")
     if is_local(checkpoint):
         nf4, fp8 = False, False
         checkpoint = LOCAL_ID
     flavour = "nf4" if nf4 else "fp8"
-    if quantize == "nf4":
+    if storage == "nf4":
         return (
             Base(checkpoint, flavour, "no_change", False)
             if nf4
@@ -77,10 +77,10 @@ def base_of(spec: TrainSpec) -> Base | str:
             )
         )
     if nf4:
-        return f"{checkpoint} is nf4 already: set memory.quantize: nf4, or model.checkpoint: {OFFICIAL['fp8']}"
-    if quantize == "fp8":
+        return f"{checkpoint} is nf4 already: set memory.storage: nf4, or model.checkpoint: {OFFICIAL['fp8']}"
+    if storage == "fp8":
         return Base(checkpoint, flavour, "no_change" if fp8 else "fp8-torchao", False)
-    if quantize == "int8":
+    if storage == "int8":
         return Base(checkpoint, flavour, "int8-torchao", False)
     return Base(checkpoint, flavour, "no_change", True)
 

@@ -179,7 +179,7 @@ def _memory(spec: TrainSpec) -> dict[str, Any]:
     memory = spec.memory
     group, compiled = memory.offload == "group", memory.compile == "regional"
     keys: dict[str, Any] = {
-        "gradient_checkpointing": bool(memory.gradient_checkpointing),
+        "gradient_checkpointing": memory.gradient_checkpointing != "none",
         "dynamo_backend": "inductor" if compiled else "no",
         "dynamo_use_regional_compilation": compiled,
         "ramtorch": False,

@@ -46,6 +46,8 @@ ALIASES: dict[str, str] = {
     "max_train_steps": "train.steps",
     "num_train_steps": "train.steps",
     "train_batch_size": "train.batch_size",
+    "num_processes": "train.gpus",
+    "num_gpus": "train.gpus",
     "accumulate": "train.gradient_accumulation",
     "gradient_accumulation_steps": "train.gradient_accumulation",
     "optimizer_type": "train.optimizer",

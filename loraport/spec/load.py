@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -16,6 +17,9 @@ from loraport.spec.aliases import ALIASES
 from loraport.spec.migrate import migrate
 from loraport.spec.models import Section, TrainSpec, leaf_fields
 from loraport.spec.yaml_text import parse_yaml
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 MAX_BYTES = 1_000_000
 PATH_FIELDS = ("dataset.path", "dataset.regularization.path", "validation.path", "backend.python")
@@ -162,8 +166,16 @@ def _explain(error: ValidationError, content: dict[str, Any], origin: str) -> st
             if problem["type"] == "model_type":
                 message = f"a section with fields belongs here: {', '.join(_children(path + '.'))}"
             got = f" (got {_short.repr(problem['input'])})" if not isinstance(problem["input"], dict | Section) else ""
-            lines.append(f"  {path or 'spec'}: {message[:1].lower()}{message[1:]}{got}.{_describe(path)}")
+            told = f"{message[:1].lower()}{message[1:]}{got}."
+            lines.append(f"  {path or 'spec'}: {told}{_nearest_choice(problem)}{_describe(path)}")
     return "\n".join(dict.fromkeys(lines))
+
+
+def _nearest_choice(problem: ErrorDetails) -> str:
+    if problem["type"] != "literal_error":
+        return ""
+    close = nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
+    return f" Did you mean {close!r}?" if close else ""
 
 
 def _suggest(location: list[str]) -> str:

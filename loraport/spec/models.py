@@ -26,6 +26,11 @@ def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _checkpointing_word(value: Any) -> Any:
+    """Other trainers' switch: true is full, false is none."""
+    return ("full" if value else "none") if isinstance(value, bool) else value
+
+
 class Section(BaseModel):
     """A part of the spec: immutable, and with no room for a key nobody reads."""
 
@@ -161,6 +166,9 @@ class TrainSection(Section):
     """The optimisation."""
 
     steps: int = Field(1000, ge=1, le=10_000_000, description="Optimizer steps in all.")
+    gpus: int = Field(
+        1, ge=1, le=64, description="GPUs of this machine that train together; each takes a batch of its own."
+    )
     batch_size: int = Field(1, ge=1, le=1024, description="Images in one forward pass.")
     gradient_accumulation: int = Field(1, ge=1, le=4096, description="Forward passes summed into one optimizer step.")
     learning_rate: float = Field(1e-4, gt=0, le=10, description="Peak learning rate.")
@@ -190,15 +198,41 @@ class TrainSection(Section):
     timestep_std: float = Field(1.5, gt=0, le=10, description="Deviation of the logit-normal noise level.")
 
 
+Storage = Literal["none", "fp8", "int8", "nf4"]
+Compute = Literal["model", "fp8", "int8"]
+Checkpointing = Literal["none", "selective", "full", "auto"]
+
+
 class MemorySection(Section):
     """How the model fits and runs fast. A profile fills what is left out."""
 
-    profile: str | None = Field(None, description="Hardware preset, such as `12gb`; `loraport profiles` lists them.")
-    quantize: str | None = Field(None, description="How the frozen weights are stored: none, fp8, int8 or nf4.")
-    offload: str | None = Field(None, description="What waits in host memory: none, or group (blocks of the model).")
-    compile: str | None = Field(None, description="torch.compile: none, or regional (each block).")
-    gradient_checkpointing: bool | None = Field(
-        None, description="Recompute activations in the backward pass: less memory, more time."
+    profile: str | None = Field(
+        None,
+        description="Hardware preset, such as `12gb`, or `auto`, which reads the card; `loraport profiles` lists them.",
+    )
+    quantize: str | None = Field(
+        None,
+        description="Quantisation of the frozen weights: none, fp8, fp8-dynamic, int8 or nf4; it fills the next two.",
+    )
+    storage: Storage | None = Field(None, description="How the frozen weights are stored; none keeps model.dtype.")
+    compute: Compute | None = Field(
+        None, description="What the matrix products of the frozen weights run in; model is model.dtype."
+    )
+    text_encoder: Storage | None = Field(
+        None, description="How the text encoder's weights are stored while captions are encoded."
+    )
+    offload: str | None = Field(
+        None,
+        description="What waits outside the GPU: none, group (blocks, in host memory), group+activations, or disk "
+        "(blocks, in the checkpoint's file).",
+    )
+    compile: str | None = Field(None, description="torch.compile: none, regional (each block), or full.")
+    gradient_checkpointing: Annotated[
+        Checkpointing | None, BeforeValidator(_checkpointing_word, json_schema_input_type=Checkpointing | bool | None)
+    ] = Field(
+        None,
+        description="Activations recomputed in the backward pass, for less memory and more time: none, selective (all "
+        "but the dearest), full, or auto (by the memory there is). true is full, false none.",
     )
 
 

@@ -17,7 +17,7 @@ PROFILES = {
         ("hardware", "24gb", 24),
         ("hardware", "80gb", 80),
         ("hardware", "cpu", None),
-        ("quantize", "nf4", None),
+        ("offload", "group", None),
     ]
 }
 

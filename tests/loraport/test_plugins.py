@@ -183,3 +183,5 @@ def test_a_hardware_profile_may_set_only_fields_of_memory() -> None:
         Profile("hardware", "a", "b", {"rank": 4})
     with pytest.raises(ValueError, match=r"sets memory\.quantize, which it cannot"):
         Profile("offload", "a", "b", {"quantize": "nf4"})
+    with pytest.raises(ValueError, match="must set storage and compute"):
+        Profile("quantize", "a", "b", {"storage": "nf4"})

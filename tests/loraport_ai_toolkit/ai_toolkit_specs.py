@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from loraport.plugins import plugins
+from loraport.profiles import resolve_memory
 from loraport.spec.models import TrainSpec
 
 
@@ -13,19 +15,18 @@ def spec(**sections: Any) -> TrainSpec:
         "name": "mp_scifi_buggy",
         "model": {"checkpoint": "ideogram-ai/ideogram-4-fp8"},
         "dataset": {"path": "/data/images"},
-        "memory": {"quantize": "none", "offload": "none", "compile": "none", "gradient_checkpointing": True},
         "backend": {"name": "ai-toolkit"},
     }
     for name, section in sections.items():
         content[name] = {**content[name], **section} if isinstance(content.get(name), dict) else section
-    return TrainSpec.model_validate(content)
+    return resolve_memory(TrainSpec.model_validate(content), plugins().profiles())
 
 
 GOLDEN = {
     "12gb": spec(
         dataset={"trigger_word": "mp_scifi_buggy", "resolution": 768, "caption_dropout": 0.05, "caption_ext": "txt"},
         train={"steps": 500, "learning_rate": 1e-4},
-        memory={"profile": "12gb", "quantize": "fp8", "offload": "group"},
+        memory={"profile": "12gb", "quantize": "fp8", "text_encoder": "fp8", "offload": "group"},
         backend={
             "options": {"layer_offloading_transformer_percent": 0.95, "layer_offloading_text_encoder_percent": 0.95}
         },
@@ -42,7 +43,7 @@ GOLDEN = {
         lora={"targets": "attention"},
         train={"steps": 2000, "ema_decay": 0.99, "optimizer": "prodigy", "learning_rate": 1.0, "weight_decay": 0.0},
         sample={"every": 250, "prompts": ["a lighthouse, baroque light"], "width": 768, "height": 768},
-        memory={"quantize": "int8"},
+        memory={"quantize": "int8", "text_encoder": "int8"},
     ),
     "lokr": spec(
         lora={"type": "lokr", "rank": 32, "factor": 8},

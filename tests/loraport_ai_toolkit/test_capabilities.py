@@ -23,7 +23,7 @@ def test_an_alpha_other_than_the_rank_is_told_to_be_replaced_by_it() -> None:
 
 
 def test_nf4_is_refused_with_what_to_do() -> None:
-    found = verdict("memory.quantize", memory={"quantize": "nf4"})
+    found = verdict("memory.storage", memory={"quantize": "nf4"})
 
     assert found.kind is Kind.REFUSED
     assert "fp8" in found.reason
@@ -53,7 +53,7 @@ def test_nf4_is_refused_with_what_to_do() -> None:
         ("dataset.upscale", {"dataset": {"upscale": True}}, Kind.IGNORED),
         ("dataset.max_text_tokens", {}, Kind.APPROXIMATED),
         ("validation.images", {"validation": {"images": 3}}, Kind.IGNORED),
-        ("memory.quantize", {"backend": {"options": {"qtype": "uint4"}}}, Kind.DEFAULTED),
+        ("memory.storage", {"backend": {"options": {"qtype": "uint4"}}}, Kind.DEFAULTED),
         ("backend.options", {"backend": {"options": {"colour": 1}}}, Kind.REFUSED),
         ("backend.options", {"backend": {"options": {"layer_offloading_transformer_percent": 95}}}, Kind.REFUSED),
         ("backend.options", {"backend": {"options": {"qtype": "nf4"}}}, Kind.REFUSED),

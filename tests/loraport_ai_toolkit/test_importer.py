@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from loraport.errors import SpecError
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.planning import Kind
+from loraport.plugins import plugins
+from loraport.profiles import resolve_memory
 from loraport.spec.load import build_spec
 from loraport.spec.models import TrainSpec, value_at
 from loraport.spec.yaml_text import dump_yaml
@@ -124,7 +126,7 @@ def test_a_low_memory_tutorials_mistakes_are_named(tmp_path: Path) -> None:
         assert words in notes
     assert (spec_.lora.rank, spec_.lora.effective_alpha, spec_.lora.targets) == (16, 16, "all")
     assert (spec_.train.learning_rate, spec_.train.steps, spec_.train.optimizer) == (1e-4, 500, "adamw8bit")
-    assert (spec_.memory.quantize, spec_.memory.offload) == ("fp8", "group")
+    assert (spec_.memory.storage, spec_.memory.offload) == ("fp8", "group")
     assert spec_.backend.options["layer_offloading_transformer_percent"] == 0.95
     assert "text_encoder_path" not in spec_.backend.options
     assert (spec_.dataset.resolution, spec_.dataset.trigger_word, spec_.dataset.caption_ext) == (768, "toytruck", "txt")
@@ -136,7 +138,7 @@ def test_a_style_tutorials_configuration_becomes_a_spec(tmp_path: Path) -> None:
     assert spec_.name == "Old_Prints"
     assert (spec_.train.ema_decay, spec_.train.weight_decay, spec_.train.steps) == (0.99, 0.0001, 2500)
     assert spec_.backend.options == {"timestep_type": "linear"}
-    assert (spec_.memory.quantize, spec_.memory.offload, spec_.save.keep, spec_.save.dtype) == (
+    assert (spec_.memory.storage, spec_.memory.offload, spec_.save.keep, spec_.save.dtype) == (
         "fp8",
         "none",
         12,
@@ -230,9 +232,10 @@ SPECS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "memory": st.fixed_dictionaries(
             {
                 "quantize": st.sampled_from(["none", "fp8", "int8"]),
+                "text_encoder": st.sampled_from(["none", "fp8", "int8"]),
                 "offload": st.sampled_from(["none", "group"]),
                 "compile": st.sampled_from(["none", "regional"]),
-                "gradient_checkpointing": st.booleans(),
+                "gradient_checkpointing": st.sampled_from(["none", "selective", "full"]),
             }
         ),
         "save": st.fixed_dictionaries(
@@ -269,7 +272,8 @@ def meaning(spec_: TrainSpec, path: str) -> Any:
 def test_a_spec_comes_back_in_every_field_whose_verdict_is_exact(tmp_path: Path, sections: dict[str, Any]) -> None:
     original = spec(**sections)
 
-    again, _ = imported(tmp_path, dump_yaml(config(original)))
+    unresolved, _ = imported(tmp_path, dump_yaml(config(original)))
+    again = resolve_memory(unresolved, plugins().profiles())
 
     for verdict in verdicts(original):
         if verdict.kind is Kind.EXACT:

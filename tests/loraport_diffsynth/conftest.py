@@ -13,6 +13,8 @@ from filelock import FileLock
 from PIL import Image
 
 from loraport.lora.storage import write_tensors
+from loraport.plugins import plugins
+from loraport.profiles import resolve_memory
 from loraport.spec.models import TrainSpec
 
 CAPTION = '{"high_level_description":"a grey slope","compositional_deconstruction":{"background":"grey","elements":[]}}'
@@ -24,12 +26,11 @@ def spec_of(**sections: Any) -> TrainSpec:
         "name": "buggy",
         "model": {"checkpoint": "/models/ideogram-4"},
         "dataset": {"path": "/data/buggy"},
-        "memory": {"quantize": "none", "offload": "none", "compile": "none", "gradient_checkpointing": True},
         "backend": {"name": "diffsynth"},
     }
     for name, values in sections.items():
         content[name] = {**content.get(name, {}), **values} if isinstance(values, dict) else values
-    return TrainSpec.model_validate(content)
+    return resolve_memory(TrainSpec.model_validate(content), plugins().profiles())
 
 
 @pytest.fixture(scope="session")

@@ -58,8 +58,7 @@ def test_a_plain_spec_is_told_of_what_diffsynth_fixes_and_of_nothing_else(make_s
         ({"train": {"max_grad_norm": 0}}, "train.max_grad_norm", Kind.EXACT, "no clipping"),
         ({"train": {"ema_decay": 0.9}}, "train.ema_decay", Kind.DEFAULTED, "0"),
         ({"backend": SCRIPT}, "train.timestep_std", Kind.DEFAULTED, "1024"),
-        ({"memory": {"quantize": "nf4"}}, "memory.quantize", Kind.EXACT, "two phases"),
-        ({"memory": {"quantize": "int3"}}, "memory.quantize", Kind.REFUSED, "nf4"),
+        ({"memory": {"quantize": "nf4"}}, "memory.storage", Kind.EXACT, "two phases"),
         ({"memory": {"offload": "group"}}, "memory.offload", Kind.APPROXIMATED, "single layers"),
         ({"memory": {"compile": "regional"}}, "memory.compile", Kind.DEFAULTED, "none"),
         ({"sample": {"every": 5, "prompts": ["x"]}}, "sample.prompts", Kind.IGNORED, "no samples"),
@@ -90,7 +89,7 @@ def test_a_weight_on_regularisation_images_needs_our_entry(make_spec: MakeSpec) 
 def test_a_checkpoint_that_is_stored_quantised_stays_so_and_the_other_one_is_named(make_spec: MakeSpec) -> None:
     def quantize(checkpoint: str, asked: str) -> tuple[Kind, str]:
         spec = make_spec(model={"checkpoint": checkpoint}, memory={"quantize": asked})
-        return next((v.kind, v.reason) for v in verdicts(spec) if v.path == "memory.quantize")
+        return next((v.kind, v.reason) for v in verdicts(spec) if v.path == "memory.storage")
 
     assert quantize("ideogram-ai/ideogram-4-fp8", "fp8")[0] is Kind.EXACT
     kind, reason = quantize("ideogram-ai/ideogram-4-fp8", "nf4")

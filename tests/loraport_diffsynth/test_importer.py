@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from loraport.errors import SpecError
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.planning import Kind
+from loraport.plugins import plugins
+from loraport.profiles import resolve_memory
 from loraport.spec.models import TrainSpec, value_at
 from loraport_diffsynth.arguments import parse
 from loraport_diffsynth.capabilities import OPTIMIZERS, verdicts
@@ -55,14 +57,14 @@ def written(tmp_path: Path, content: str, name: str = "train.sh") -> Path:
 def test_a_shell_script_becomes_a_spec_and_says_what_is_lost(tmp_path: Path) -> None:
     written(tmp_path, '{"image":"a.png","prompt":"a"}\n{"image":"b.png","prompt":"b"}\n', "metadata.jsonl")
     found = import_config(written(tmp_path, SCRIPT))
-    spec = TrainSpec.model_validate(found.content)
+    spec = resolve_memory(TrainSpec.model_validate(found.content), plugins().profiles())
     assert (spec.name, spec.model.checkpoint) == ("My-LoRA", "org/m")
     assert spec.dataset.path == Path("data/my images")
     assert (spec.dataset.repeats, spec.dataset.resolution) == (10, 1024)
     assert (spec.lora.rank, spec.lora.alpha, spec.lora.targets) == (32, None, "all")
     assert (spec.train.steps, spec.train.gradient_accumulation, spec.train.learning_rate) == (50, 2, 5e-5)
     assert (spec.train.optimizer, spec.train.max_grad_norm) == ("adamw", 0)
-    assert (spec.memory.quantize, spec.memory.gradient_checkpointing) == ("none", True)
+    assert (spec.memory.quantize, spec.memory.gradient_checkpointing) == ("none", "full")
     told = "\n".join(found.notes)
     for word in ("metadata.jsonl", "fp8 without scales", "enable_wandb_log", "third of the learning rate", "epoch"):
         assert word in told
@@ -92,7 +94,7 @@ def test_two_commands_are_one_split_training(tmp_path: Path, make_spec: Any) -> 
     ]
     content = import_config(written(tmp_path, "\n".join(lines))).content
     assert content["backend"]["options"]["split"] is True
-    assert content["memory"]["quantize"] == "nf4"
+    assert content["memory"]["storage"] == "nf4"
     assert (content["dataset"]["path"], content["model"]["checkpoint"]) == ("dataset", "checkpoint")
 
 
@@ -171,9 +173,10 @@ SPECS = st.fixed_dictionaries(
         "memory": st.fixed_dictionaries(
             {
                 "quantize": st.sampled_from(["none", "nf4", "fp8", "int8"]),
+                "text_encoder": st.sampled_from(["none", "nf4", "fp8", "int8"]),
                 "offload": st.sampled_from(["none", "group"]),
                 "compile": st.sampled_from(["none", "regional"]),
-                "gradient_checkpointing": st.booleans(),
+                "gradient_checkpointing": st.sampled_from(["none", "selective", "full"]),
             }
         ),
         "save": st.fixed_dictionaries({"every": st.integers(0, 1000), "keep": st.integers(1, 9)}),
@@ -188,8 +191,9 @@ SPECS = st.fixed_dictionaries(
 @settings(max_examples=60, deadline=None)
 @given(SPECS)
 def test_what_is_exact_comes_back_through_the_importer(content: dict[str, Any]) -> None:
-    spec = TrainSpec.model_validate(content)
-    back = TrainSpec.model_validate(from_job(json.loads(json.dumps(job(spec)))).content)
+    spec = resolve_memory(TrainSpec.model_validate(content), plugins().profiles())
+    imported = TrainSpec.model_validate(from_job(json.loads(json.dumps(job(spec)))).content)
+    back = resolve_memory(imported, plugins().profiles())
     for verdict in verdicts(spec):
         if verdict.kind is Kind.EXACT:
             assert meaning(back, verdict.path) == meaning(spec, verdict.path), verdict

@@ -26,7 +26,7 @@ CARRIED: dict[str, Any] = {
     "train.learning_rate": lambda options: options["learning_rate"],
     "train.weight_decay": lambda options: options["weight_decay"],
     "train.gradient_accumulation": lambda options: options["gradient_accumulation_steps"],
-    "memory.gradient_checkpointing": lambda options: options["use_gradient_checkpointing"],
+    "memory.gradient_checkpointing": lambda options: "full" if options["use_gradient_checkpointing"] else "none",
     "save.every": lambda options: options["save_steps"] // options["gradient_accumulation_steps"],
 }
 
@@ -87,12 +87,15 @@ def test_diffsynth_quantises_what_the_spec_says_and_loads_only_what_a_phase_need
 ) -> None:
     spec = spec_of(case)
     stored = spec.model.checkpoint == "ideogram-ai/ideogram-4-fp8"
-    method = None if stored else METHODS.get(spec.memory.quantize or "none")
+    methods = {
+        part: None if stored else METHODS.get(storage or "none")
+        for part, storage in (("transformer", spec.memory.storage), ("text_encoder", spec.memory.text_encoder))
+    } | {"vae": None}
     *encoding, training = parsed[case]
-    assert [model["quantized"] for model in training["models"] if "vae/" not in model["file"]] == [method] * (
-        1 if encoding else 2
-    )
+    assert len(training["models"]) == (1 if encoding else 3)
+    for phase in parsed[case]:
+        for model in phase["models"]:
+            part = next(part for part in methods if f"{part}/" in model["file"])
+            assert model["quantized"] == methods[part]
     for phase in encoding:
-        text_encoder, vae = phase["models"]
-        assert "text_encoder/" in text_encoder["file"]
-        assert (text_encoder["quantized"], vae["quantized"]) == (method, None)
+        assert not any("transformer/" in model["file"] for model in phase["models"])

@@ -51,12 +51,12 @@ TRANSFORMER = "checkpoint/transformer/diffusion_pytorch_model.safetensors"
 
 
 def test_saving_memory_splits_encoding_from_training(make_spec: MakeSpec) -> None:
-    encode, train = phases(make_spec(memory={"quantize": "nf4"}))
+    encode, train = phases(make_spec(memory={"quantize": "nf4", "text_encoder": "int8"}))
     first, second = parse(encode["arguments"]), parse(train["arguments"])
     assert TRANSFORMER not in json.loads(str(first["model_paths"]))
     assert json.loads(str(second["model_paths"])) == [TRANSFORMER]
     assert second["quant_options"] == f"{TRANSFORMER}:bitsandbytes_nf4"
-    assert TRANSFORMER not in str(first["quant_options"])
+    assert first["quant_options"] == "checkpoint/text_encoder/model.safetensors:torchao_int8_w8a16"
     assert second["dataset_base_path"] == "order"
     assert "dataset_metadata_path" not in second
     assert first["use_gradient_checkpointing"] is True

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loraport.plugins import plugins
+from loraport.profiles import resolve_memory
 from loraport.run.events import Event
 from loraport.spec.models import TrainSpec
 
@@ -66,13 +68,13 @@ def make_spec(photos: Path, tiny_official: Path) -> Callable[..., TrainSpec]:
             "dataset": {"path": str(photos), "caption_ext": "txt", "resolution": 64},
             "lora": {"rank": 4},
             "train": {"steps": 10, "optimizer": "adamw", "learning_rate": 1e-3},
-            "memory": {"quantize": "none", "offload": "none", "compile": "none", "gradient_checkpointing": False},
+            "memory": {"gradient_checkpointing": "none"},
             "save": {"every": 0},
             "backend": {"options": {"device": "cpu"}},
         }
         for name, values in sections.items():
             content[name] = {**content.get(name, {}), **values}
-        return TrainSpec.model_validate(content)
+        return resolve_memory(TrainSpec.model_validate(content), plugins().profiles())
 
     return make
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from loraport.errors import SpecError
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.planning import Context, Kind
+from loraport.plugins import plugins
+from loraport.profiles import resolve_memory
 from loraport.run.supervisor import write_files
 from loraport.spec.load import build_spec
 from loraport.spec.models import TrainSpec, value_at
@@ -101,7 +103,7 @@ SECTIONS = st.fixed_dictionaries(
                 "quantize": st.sampled_from(["none", "fp8", "int8", "nf4"]),
                 "offload": st.sampled_from(["none", "group"]),
                 "compile": st.sampled_from(["none", "regional"]),
-                "gradient_checkpointing": st.booleans(),
+                "gradient_checkpointing": st.sampled_from(["none", "selective", "full"]),
             }
         ),
         "save": st.fixed_dictionaries({"every": st.integers(0, 500), "keep": st.integers(1, 9)}),
@@ -133,7 +135,7 @@ def test_what_was_written_exactly_is_imported_the_same(make_spec, tmp_path: Path
         if f"backend/config/{stale}" not in made.files:
             (tmp_path / "backend" / "config" / stale).unlink(missing_ok=True)
     imported = import_config(tmp_path / "backend" / "config")
-    after = build_spec(imported.content, base=tmp_path, origin="imported").spec
+    after = resolve_memory(build_spec(imported.content, base=tmp_path, origin="imported").spec, plugins().profiles())
     for verdict in made.verdicts:
         if verdict.kind is Kind.EXACT:
             assert same(verdict.path, before, after), f"{verdict.path}: {imported.content}"

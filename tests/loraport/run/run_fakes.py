@@ -101,8 +101,9 @@ class FakePlugin:
 
     @hookimpl
     def register_profiles(self, register: Callable[[Profile], None]) -> None:
-        for kind in ("quantize", "offload", "compile"):
-            register(Profile(kind, "none", "nothing"))  # type: ignore[arg-type]
+        register(Profile("quantize", "none", "nothing", {"storage": "none", "compute": "model"}))
+        register(Profile("offload", "none", "nothing"))
+        register(Profile("compile", "none", "nothing"))
 
     @hookimpl
     def register_listeners(self, register: Callable[[ListenerFactory], None]) -> None:

@@ -164,5 +164,14 @@ def test_the_json_schema_accepts_a_good_spec_and_refuses_bad_ones() -> None:
             validator.validate(bad)
 
 
+@pytest.mark.parametrize(("written", "read"), [(True, "full"), (False, "none"), ("auto", "auto"), (None, None)])
+def test_checkpointing_takes_other_trainers_switch_too(written: bool | str | None, read: str | None) -> None:
+    content = {**MINIMAL, "memory": {"gradient_checkpointing": written}}
+    spec = TrainSpec.model_validate(content)
+    assert spec.memory.gradient_checkpointing == read
+    jsonschema.Draft202012Validator(TrainSpec.model_json_schema()).validate(content)
+    assert TrainSpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
 def test_one_prompt_may_stand_without_a_list() -> None:
     assert TrainSpec.model_validate({**MINIMAL, "sample": {"prompts": "one"}}).sample.prompts == ["one"]

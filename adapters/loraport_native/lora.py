@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +62,15 @@ def inject(model: nn.Module, lora: LoraSection, patterns: list[str], seed: int) 
     targets = [name for name in linears if matches(patterns, name)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if lora.type == "lora":
-            return _inject_peft(model, lora, targets)
-        return _inject_lycoris(model, lora, targets, linears)
+        inject_into = _inject_peft if lora.type == "lora" else _inject_lycoris
+        adapter = inject_into(model, lora, targets, linears)
+    device = next(parameter.device for parameter in model.parameters() if not parameter.requires_grad)
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data.to(device)  # of a quantised layer the libraries don't know where it is
+    return adapter
 
 
-def _inject_peft(model: nn.Module, lora: LoraSection, targets: list[str]) -> Adapter:
+def _inject_peft(model: nn.Module, lora: LoraSection, targets: list[str], linears: dict[str, nn.Linear]) -> Adapter:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
@@ -80,10 +82,7 @@ def _inject_peft(model: nn.Module, lora: LoraSection, targets: list[str]) -> Ada
         lora_dropout=lora.dropout,
         target_modules=targets,
     )
-    with warnings.catch_warnings():
-        # About merging into quantised weights, which is not done here.
-        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")
-        inject_adapter_in_model(config, model)
+    inject_adapter_in_model(config, model)
     scales = {name: layer.scaling["default"] for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     assert set(scales) == set(targets)
     factors: dict[str, nn.Parameter] = {}
@@ -117,7 +116,6 @@ def _inject_lycoris(model: nn.Module, lora: LoraSection, targets: list[str], lin
             else LohaModule(name, linears[name], **options)
         )
         module.apply_to()
-        module.to(linears[name].weight.device)
         holder.append(module)
         scales[name] = float(module.scale)
         factors |= {f"{name}.{factor}": parameter for factor, parameter in module.named_parameters()}

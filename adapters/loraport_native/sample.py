@@ -15,9 +15,9 @@ from loraport.run.events import Event
 from loraport.run.events import Sample as SampleEvent
 from loraport.spec.models import TrainSpec
 from loraport_native.data import TrainingSet
-from loraport_native.models.checkpoint import Checkpoint, load_scheduler, load_transformer, load_vae
+from loraport_native.models.checkpoint import Checkpoint, load_scheduler, load_vae
 from loraport_native.models.ideogram4 import Ideogram4
-from loraport_native.quantize import quantize_blocks
+from loraport_native.placement import load_placed
 
 
 def is_guided(spec: TrainSpec) -> bool:
@@ -114,12 +114,8 @@ class Sampler:
     def _unconditional(self, device: torch.device) -> torch.nn.Module:
         if not is_guided(self.spec):
             return _NoGuidance(self.model.dtype, device)
-        method = self.spec.memory.storage or "none"
-        other = load_transformer(
-            self.checkpoint,
-            self.model.dtype,
-            device,
-            part="unconditional_transformer",
-            prepare_block=lambda block: quantize_blocks(block, method),
-        )
+        part = "unconditional_transformer"
+        other, stream = load_placed(self.checkpoint, self.spec.memory, self.model.dtype, device, part)
+        if stream is not None:
+            stream.attach(other)
         return other.requires_grad_(False)

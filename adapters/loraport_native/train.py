@@ -97,11 +97,12 @@ def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None]) 
     import torch
 
     from loraport.plugins import plugins
+    from loraport_native.compile import compile_model
     from loraport_native.data import prepare
     from loraport_native.device import DTYPES, check_device, choose_device, limit_memory, make_deterministic
     from loraport_native.lora import inject
-    from loraport_native.models.checkpoint import find_checkpoint, load_transformer
-    from loraport_native.quantize import compile_blocks, quantize_blocks
+    from loraport_native.models.checkpoint import find_checkpoint
+    from loraport_native.placement import load_placed, set_passes
     from loraport_native.sample import Sampler, check_sampling, is_guided
     from loraport_native.trainer import Trainer, derived_seed
 
@@ -117,13 +118,11 @@ def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None]) 
     data = prepare(spec, checkpoint, device, dtype, emit, extra_captions=prompts)
 
     emit(PhaseStarted(phase="load", detail="transformer"))
-    method = spec.memory.storage or "none"
-    model = load_transformer(checkpoint, dtype, device, prepare_block=lambda block: quantize_blocks(block, method))
+    model, stream = load_placed(checkpoint, spec.memory, dtype, device)
     model.drop_text_projection()
     adapter = inject(model, spec.lora, family.target_patterns(spec.lora.targets), derived_seed(spec.train.seed, "init"))
-    if spec.memory.gradient_checkpointing != "none":
-        model.enable_gradient_checkpointing()
-    compile_blocks(model.layers, spec.memory.compile or "none")
+    compile_model(model, model.layers, spec.memory.compile or "none")
+    set_passes(model, spec.memory, stream)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

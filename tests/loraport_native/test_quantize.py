@@ -11,7 +11,7 @@ from torch import nn
 from loraport.run.events import Step, Validation
 from loraport_native.models import weights
 from loraport_native.models.checkpoint import find_checkpoint, load_transformer
-from loraport_native.quantize import compile_blocks, quantize_blocks
+from loraport_native.quantize import quantize_blocks
 
 # Largest relative error of one layer's output. Of each weight, as a share of its size: e4m3 rounds 3 bits of mantissa;
 # int8 a row's largest number to 127 steps; nf4 keeps 16 levels, 9 % of a Gaussian weight.
@@ -52,13 +52,12 @@ def test_quantised_weights_take_the_room_they_should(tiny_official: Path, method
     model = load_transformer(find_checkpoint(str(tiny_official)), torch.bfloat16, "cpu")
     numbers = sum(module.weight.numel() for module in model.layers.modules() if isinstance(module, nn.Linear))
     quantize_blocks(model.layers, method)
-    size = 0
-    for module in model.layers.modules():
-        if isinstance(module, nn.Linear):
-            weight = module.weight
-            parts = [getattr(weight, name) for name in getattr(weight, "tensor_data_names", [])] or [weight]
-            parts += [weight.quant_state.absmax] if method == "nf4" else []
-            size += sum(part.numel() * part.element_size() for part in parts)
+    size = sum(
+        buffer.numel() * buffer.element_size()
+        for module in model.layers.modules()
+        if isinstance(module, nn.Linear)
+        for buffer in module.buffers()
+    )
     assert size / numbers == pytest.approx({"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}[method], rel=0.05)
 
 
@@ -115,7 +114,6 @@ def test_without_quantisation_nothing_is_touched(tiny_official: Path) -> None:
     model = load_transformer(find_checkpoint(str(tiny_official)), torch.float32, "cpu")
     before = velocity(model)
     quantize_blocks(model.layers, "none")
-    compile_blocks(model.layers, "none")
     assert torch.equal(velocity(model), before)
 
 

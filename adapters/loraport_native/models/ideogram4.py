@@ -10,6 +10,7 @@ diffusers' model is the reference (`diffusers.models.transformers.transformer_id
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,12 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from loraport_native.recompute import keeping_attention
+
 Rotation = tuple[Tensor, Tensor]
+#: What attention leaves out: nothing; what a boolean mask that broadcasts to (B, 1, L, L) says; or, of each sample, so
+#: many tokens of padding at its start.
+Mask = Tensor | list[int] | None
 TEXT, IMAGE = 0, 1  # rows of `embed_image_indicator`
 
 
@@ -85,16 +91,27 @@ class FusedAttention(nn.Module):
         self.norm_q = RMSNorm(self.head_dim, eps=eps)
         self.norm_k = RMSNorm(self.head_dim, eps=eps)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, image_rotary_emb: Rotation) -> Tensor:
-        """Attend over (B, L, hidden). The mask, if any, is boolean and broadcasts to (B, 1, L, L)."""
+    def forward(self, hidden_states: Tensor, attention_mask: Mask, image_rotary_emb: Rotation) -> Tensor:
+        """Attend over (B, L, hidden)."""
         heads = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = heads.unbind(2)
         query = _rotate(self.norm_q(query), image_rotary_emb)
         key = _rotate(self.norm_k(key), image_rotary_emb)
-        attended = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=attention_mask
-        )
+        attended = _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attention_mask)
         return self.o(attended.transpose(1, 2).flatten(2))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+    """Attention over heads (B, heads, L, head_dim)."""
+    if not isinstance(mask, list):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    # One call a sample without its padding keeps the flash kernel, which takes no mask; what padding would get is zero.
+    attended = []
+    for sample, start in enumerate(mask):
+        one = slice(sample, sample + 1)
+        real = F.scaled_dot_product_attention(*(part[one, :, start:] for part in (query, key, value)))
+        attended.append(F.pad(real, (0, 0, start, 0)))
+    return torch.cat(attended)
 
 
 def _rotate(heads: Tensor, rotation: Rotation) -> Tensor:
@@ -119,6 +136,13 @@ class FusedBlock(Ideogram4TransformerBlock):
         self.attention_norm2 = RMSNorm(hidden_size, eps=norm_eps)
         self.ffn_norm2 = RMSNorm(hidden_size, eps=norm_eps)
         self.adaln_modulation = nn.Linear(adaln_dim, 4 * hidden_size)
+        self.keeps_attention = False  #: see `loraport_native.recompute`
+
+    def forward(self, *inputs: Any) -> Tensor:  # type: ignore[override]
+        """Run (hidden_states (B, L, hidden), mask, rotation, modulation (B, 1, adaln_dim)) → (B, L, hidden)."""
+        if self.keeps_attention and torch.is_grad_enabled():
+            return keeping_attention(super().forward, *inputs)
+        return super().forward(*inputs)
 
 
 class Ideogram4(Ideogram4Transformer2DModel):
@@ -167,6 +191,8 @@ class Ideogram4(Ideogram4Transformer2DModel):
             FusedBlock(hidden_size, intermediate_size, num_attention_heads, norm_eps, adaln_dim)
             for _ in range(num_layers)
         )
+        #: How a block is run: (its number, the block, its inputs) → its output. Recomputation and streaming set it.
+        self.run_block: Callable[..., Tensor] = lambda number, block, *inputs: block(*inputs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,24 +237,23 @@ class Ideogram4(Ideogram4Transformer2DModel):
         if text_lengths is not None:
             assert len(text_lengths) == batch
             assert all(0 <= n <= length for n in text_lengths)
-        padded = text_lengths is not None and min(text_lengths) < length
-        lengths = torch.tensor(text_lengths if padded else [length], device=latents.device).unsqueeze(1)
+        starts = [length - n for n in text_lengths] if text_lengths is not None and min(text_lengths) < length else None
+        padding = torch.tensor(starts or [0], device=latents.device).unsqueeze(1)
 
         # Without padding all samples share one row of positions, and the rotation broadcasts over the batch.
-        index = torch.arange(length, device=latents.device) - (length - lengths)
+        index = torch.arange(length, device=latents.device) - padding
         positions = torch.cat(
             (
                 index.clamp(min=0).unsqueeze(-1).expand(-1, -1, 3),
-                _image_positions(grid, latents.device).expand(len(lengths), -1, -1),
+                _image_positions(grid, latents.device).expand(len(padding), -1, -1),
             ),
             dim=1,
         )
-        mask = F.pad(index >= 0, (0, tokens), value=True)[:, None, None, :] if padded else None
         role = F.pad(torch.full((length,), TEXT, device=latents.device), (0, tokens), value=IMAGE)
 
         hidden = torch.cat((text.to(self.dtype), self.input_proj(latents.to(self.dtype))), dim=1)
         hidden = hidden + self.embed_image_indicator(role)
-        return self._run(hidden, timestep, positions, mask, image_from=length)
+        return self._run(hidden, timestep, positions, starts, image_from=length)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -262,7 +287,7 @@ class Ideogram4(Ideogram4Transformer2DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _run(
-        self, hidden: Tensor, timestep: Tensor, positions: Tensor, mask: Tensor | None, image_from: int = 0
+        self, hidden: Tensor, timestep: Tensor, positions: Tensor, mask: Mask, image_from: int = 0
     ) -> Tensor:
         time = self.t_embedding(timestep)
         if timestep.dim() == 1:
@@ -270,12 +295,8 @@ class Ideogram4(Ideogram4Transformer2DModel):
         modulation = F.silu(self.adaln_proj(time))
         cos, sin = self.rotary_emb(positions)
         rotation = (cos.to(hidden.dtype), sin.to(hidden.dtype))
-        for block in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                checkpoint: Any = self._gradient_checkpointing_func
-                hidden = checkpoint(block, hidden, mask, rotation, modulation)
-            else:
-                hidden = block(hidden, mask, rotation, modulation)
+        for number, block in enumerate(self.layers):
+            hidden = self.run_block(number, block, hidden, mask, rotation, modulation)
         return self.final_layer(hidden[:, image_from:], conditioning=modulation)
 
 

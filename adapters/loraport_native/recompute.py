@@ -1,0 +1,79 @@
+"""Gradient checkpointing as a dial: what of a block's forward pass is kept for its backward pass.
+
+none keeps everything; full keeps a block's inputs and computes the rest again; selective also keeps what attention
+gave, which takes as much memory as a block's input and is the dearest part to compute; auto recomputes only as many
+blocks as it must for the rest to fit the card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+if TYPE_CHECKING:
+    from loraport_native.models.ideogram4 import Ideogram4
+
+_aten = torch.ops.aten
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+_MARGIN = 0.04  #: share of a card's memory that auto leaves for fragmentation and what the probe did not see
+
+
+def recompute(model: Ideogram4, mode: str, blocks: int | None = None) -> None:
+    """Set what `model` keeps of its blocks: none, selective or full; of the first `blocks` of them (default: all)."""
+    chosen = set(range(len(model.layers) if blocks is None else blocks))
+    for number, block in enumerate(model.layers):
+        block.keeps_attention = mode == "selective" and number in chosen
+    full = chosen if mode == "full" else set()
+
+    def run_block(number: int, block: nn.Module, *inputs: Any) -> Tensor:
+        if number in full and torch.is_grad_enabled():
+            result: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+            return result
+        return block(*inputs)  # type: ignore[no-any-return]
+
+    model.run_block = run_block
+
+
+def keeping_attention(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Run a block's forward pass keeping its inputs and what attention gave. Inside the block, so that a compiled one
+    is compiled together with it: no policy sees into a compiled graph from outside."""
+    result: Tensor = checkpoint(forward, *inputs, use_reentrant=False, context_fn=_contexts)
+    return result
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_contexts = partial(create_selective_checkpoint_contexts, _policy)
+
+
+def recompute_what_must_be(model: Ideogram4, probe: Callable[[], None], limit: int) -> int:
+    """Mode auto on a CUDA card: recompute the fewest blocks with which `probe` needs no more than `limit` bytes.
+
+    probe: runs a forward and backward pass of the largest batch. Two are run: one that recomputes every block, one that
+    leaves the first two alone; each block left alone adds as much again. Returns how many blocks are recomputed.
+    """
+    total = len(model.layers)
+    peaks = []
+    for recomputed in (total, total - 2):
+        recompute(model, "full", recomputed)
+        probe()  # the first pass also compiles and fills caches, which is not what is measured
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        probe()
+        peaks.append(torch.cuda.max_memory_allocated())
+    each = max(1, (peaks[1] - peaks[0]) // 2)
+    spared = max(0, min(total, int((limit * (1 - _MARGIN) - peaks[0]) // each)))
+    recompute(model, "full", total - spared)
+    return total - spared

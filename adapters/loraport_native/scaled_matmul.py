@@ -1,0 +1,82 @@
+"""8-bit rows with a scale each, and matrix products of such rows on the tensor cores.
+
+A row is a vector along the dimension that a product sums over, so its scale can be taken out of the sum:
+(s·q)·(t·p) = s·t·(q·p). On CUDA the products are `torch._scaled_mm` (e4m3, compute capability 8.9 and up) and
+`torch._int_mm` (int8); elsewhere the same numbers are multiplied in float32.
+
+torchao has these kernels for inference, without a backward pass, and for training, with a high-precision weight that is
+quantised anew each step. Frozen 8-bit weights under a trained adapter need neither.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  #: the largest number of each format
+_SMALLEST_SCALE = 1e-12  # a row of zeros must not divide by zero
+
+
+def to_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Quantise (…, K) over its last dimension: numbers of `dtype`, and float32 scales (…, 1); value ≈ scale·number."""
+    values = values.float()
+    scale = values.abs().amax(dim=-1, keepdim=True).clamp(min=_SMALLEST_SCALE) / LARGEST[dtype]
+    scaled = values / scale
+    return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scale
+
+
+def product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """left (M, K) · rightᵀ (K, N) in `dtype`, both 8-bit and row-major, with float32 scales (M, 1) and (N, 1)."""
+    if left.device.type != "cuda":
+        return (left.float() @ right.float().t() * left_scale * right_scale.t()).to(dtype)
+    if left.dtype == torch.int8:
+        return (torch._int_mm(left, right.t()).float() * left_scale * right_scale.t()).to(dtype)
+    return torch._scaled_mm(
+        left, right.t(), scale_a=left_scale, scale_b=right_scale.t(), out_dtype=dtype, use_fast_accum=True
+    )
+
+
+def scaled_linear(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    """x (…, in) · Wᵀ for a weight of 8-bit rows (out, in) and scales (out, 1): 8-bit forward and backward.
+
+    Activations and gradients are quantised as they come, a scale a token. The backward pass sums over the weight's
+    rows, so their scales are put on the gradient before it is quantised. The weight gets no gradient.
+    """
+    return _ScaledLinear.apply(x, rows, scale)
+
+
+class _ScaledLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override, no-untyped-def]
+        ctx.save_for_backward(rows, scale)
+        tokens, token_scale = to_rows(x.flatten(0, -2), rows.dtype)
+        return product(tokens, token_scale, rows, scale, x.dtype).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override, no-untyped-def]
+        rows, scale = ctx.saved_tensors
+        tokens, token_scale = to_rows(gradient.flatten(0, -2).float() * scale.t(), rows.dtype)
+        columns, ones = rows.t().contiguous(), torch.ones_like(scale[:1]).expand(rows.shape[1], 1).contiguous()
+        return product(tokens, token_scale, columns, ones, gradient.dtype).unflatten(0, gradient.shape[:-1]), None, None
+
+
+def widened_linear(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    """x (…, in) · Wᵀ like `scaled_linear`, multiplied in x's dtype.
+
+    Every 8-bit number is exact in bfloat16, so nothing of the weight is rounded: the scales go on the result.
+    """
+    return _WidenedLinear.apply(x, rows, scale)
+
+
+class _WidenedLinear(torch.autograd.Function):
+    """Its own function so that the wide copy of the weight lives for one product, and is not kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override, no-untyped-def]
+        ctx.save_for_backward(rows, scale)
+        return (x @ rows.to(x.dtype).t()) * scale.t().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override, no-untyped-def]
+        rows, scale = ctx.saved_tensors
+        return (gradient * scale.t().to(gradient.dtype)) @ rows.to(gradient.dtype), None, None

@@ -1,0 +1,309 @@
+"""Blocks streamed through a few device slots, so that a model larger than the card's memory trains on it.
+
+A block's frozen tensors are one flat piece of memory at the source. On the device there is a ring of slots; block i
+always visits slot i mod the ring's size, and its tensors are views into that slot for good, so nothing is rebound and
+compiled code keeps its addresses. While one block computes, the next is copied, by one copy on a stream of its own, in
+the order of the pass: upwards in the forward pass, downwards in the backward pass. Where a pass turns, the blocks it
+needs are still there. Nothing is copied back: frozen weights don't change.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from loraport_native.models.ideogram4 import Ideogram4
+
+SLOTS = 2
+_ALIGNMENT = 256  # bytes; tensor cores want 16, and 256 keeps every copy on whole cache lines
+
+
+class Source(Protocol):
+    """Where blocks come from."""
+
+    def put(self, number: int, flat: Tensor) -> None:
+        """Take in a block's bytes (any device), once."""
+
+    def copy(self, number: int, slot: Tensor) -> None:
+        """Copy a block into a slot, on the current stream."""
+
+    def expect(self, number: int) -> None:
+        """This block will be copied soon."""
+
+
+class Host:
+    """A permanent copy in host memory, pinned for CUDA, which lets copies run while the device computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pinned = device.type == "cuda"
+        self.blocks: dict[int, Tensor] = {}
+
+    def put(self, number: int, flat: Tensor) -> None:
+        self.blocks[number] = torch.empty_like(flat, device="cpu", pin_memory=self.pinned).copy_(flat)
+
+    def copy(self, number: int, slot: Tensor) -> None:
+        slot.copy_(self.blocks[number], non_blocking=True)
+
+    def expect(self, number: int) -> None:
+        pass
+
+
+class Disk:
+    """A file of packed blocks, read by a thread of its own into a small ring of pinned memory.
+
+    folder: where the file is made. It has no name, so it goes when the process ends.
+    """
+
+    def __init__(self, device: torch.device, folder: Path, ring: int = SLOTS + 1) -> None:
+        self.pinned, self.ring = device.type == "cuda", ring
+        self.size = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  (as long as blocks are streamed)
+        self.staging: list[Tensor] = []
+        self.busy: list[torch.cuda.Event | None] = [None] * ring
+        self.reading: dict[int, Future[Tensor]] = {}
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="blocks")
+
+    def put(self, number: int, flat: Tensor) -> None:
+        self.size = flat.numel()
+        self.file.seek(number * self.size)
+        rest = memoryview(flat.cpu().numpy())
+        while rest:
+            rest = rest[self.file.write(rest) :]
+
+    def expect(self, number: int) -> None:
+        if number not in self.reading:
+            self.reading[number] = self.reader.submit(self._read, number)
+
+    def copy(self, number: int, slot: Tensor) -> None:
+        self.expect(number)
+        staged = self.reading.pop(number).result()
+        slot.copy_(staged, non_blocking=True)
+        if self.pinned:
+            event = torch.cuda.Event()
+            event.record()
+            self.busy[number % self.ring] = event
+
+    def _read(self, number: int) -> Tensor:
+        while len(self.staging) < self.ring:
+            self.staging.append(torch.empty(self.size, dtype=torch.uint8, pin_memory=self.pinned))
+        place = number % self.ring
+        if (event := self.busy[place]) is not None:
+            event.synchronize()  # its last content is on the device
+        self.file.seek(number * self.size)
+        view, read = memoryview(self.staging[place].numpy()), 0
+        while read < self.size:
+            got = self.file.readinto(view[read:])
+            assert got, "the file of blocks ends early"
+            read += got
+        return self.staging[place]
+
+
+class Stream:
+    """Streams the blocks of one model. `take` each block once it is loaded, then `attach` to the model."""
+
+    def __init__(self, source: Source, device: torch.device, slots: int = SLOTS) -> None:
+        self.source, self.device = source, device
+        self.slots: list[Tensor] = [torch.empty(0)] * slots
+        self.holds: list[int | None] = [None] * slots
+        self.count = 0
+        self.fetching = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.fetched = [torch.cuda.Event() if self.fetching else None for _ in range(slots)]
+
+    def take(self, number: int, block: nn.Module) -> None:
+        """Move the frozen tensors of a block to the source; from now on they are views into a slot."""
+        tensors = _frozen_tensors(block)
+        offsets, size = _layout(tensors)
+        place = number % len(self.slots)
+        if not self.slots[place].numel():
+            self.slots[place] = torch.empty(size, dtype=torch.uint8, device=self.device)
+        slot = self.slots[place]
+        assert slot.numel() == size, "blocks of one model are alike"
+        flat = torch.zeros(size, dtype=torch.uint8, device=tensors[0].device)
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            bytes_of = tensor.detach().contiguous().flatten().view(torch.uint8)
+            flat[offset : offset + bytes_of.numel()] = bytes_of
+            window = slot[offset : offset + bytes_of.numel()].view(tensor.dtype).view(tensor.shape)
+            tensor.data = window
+        self.source.put(number, flat)
+        self.count = max(self.count, number + 1)
+
+    def attach(self, model: Ideogram4) -> None:
+        """Have every block of the model fetched before it runs, forward and backward."""
+        inner = model.run_block
+
+        def run_block(number: int, block: nn.Module, *inputs: Any) -> Tensor:
+            self.arrive(number, upwards=True)
+            result = inner(number, block, *inputs)
+            return _BeforeBackward.apply(result, self, number) if torch.is_grad_enabled() else result
+
+        model.run_block = run_block
+
+    def arrive(self, number: int, upwards: bool) -> None:
+        """Make the device wait for a block, and fetch those that come next in this direction."""
+        self._fetch(number)
+        event = self.fetched[number % len(self.slots)]
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        following = range(number + 1, self.count) if upwards else range(number - 1, -1, -1)
+        for ahead in following[: len(self.slots) - 1]:
+            self._fetch(ahead)
+        for ahead in following[len(self.slots) - 1 : len(self.slots) + 1]:
+            self.source.expect(ahead)
+
+    def _fetch(self, number: int) -> None:
+        place = number % len(self.slots)
+        if self.holds[place] == number:
+            return
+        self.holds[place] = number
+        if self.fetching is None:
+            self.source.copy(number, self.slots[place])
+            return
+        # What used the slot before has been queued by now, so the copy may start when the queue has come this far.
+        self.fetching.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.fetching):
+            self.source.copy(number, self.slots[place])
+            self.fetched[place].record(self.fetching)  # type: ignore[union-attr]
+
+
+class _BeforeBackward(torch.autograd.Function):
+    """Passes a block's result on, and fetches the block again when its backward pass is about to begin."""
+
+    @staticmethod
+    def forward(ctx, result: Tensor, stream: Stream, number: int) -> Tensor:  # type: ignore[override, no-untyped-def]
+        ctx.stream, ctx.number = stream, number
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override, no-untyped-def]
+        ctx.stream.arrive(ctx.number, upwards=False)
+        return gradient, None, None
+
+
+def _frozen_tensors(block: nn.Module) -> list[Tensor]:
+    return [*(parameter for parameter in block.parameters() if not parameter.requires_grad), *block.buffers()]
+
+
+def _layout(tensors: list[Tensor]) -> tuple[list[int], int]:
+    """Each tensor's offset in a block's flat memory, and its size, bytes."""
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        end = math.ceil((end + tensor.numel() * tensor.element_size()) / _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+class HostActivations:
+    """Keeps the inputs of recomputed blocks in host memory between the passes; each comes back while the block above it
+    computes its backward pass.
+
+    It does the recomputing too, so it takes the place of `recompute`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host: list[Tensor] = []
+        self.kept: list[Tensor] = []  # host memory of the blocks passed so far, in their order
+        self.coming: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
+        cuda = device.type == "cuda"
+        self.leaving, self.returning = ((torch.cuda.Stream(device) if cuda else None) for _ in range(2))
+
+    def pack(self, tensor: Tensor) -> int:
+        """Send a block's input to the host; its number."""
+        number = len(self.kept)
+        if number == len(self.host) or self.host[number].shape != tensor.shape:
+            self.host[number : number + 1] = [
+                torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.leaving is not None)
+            ]
+        self.kept.append(self.host[number])
+        if self.leaving is None:
+            self.host[number].copy_(tensor)
+            return number
+        self.leaving.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.leaving):
+            self.host[number].copy_(tensor, non_blocking=True)
+        tensor.record_stream(self.leaving)  # its memory may be used again only when it has left
+        return number
+
+    def unpack(self, number: int) -> Tensor:
+        """The input on the device; the one needed next begins to come back."""
+        tensor, event = self.coming.pop(number, None) or self._bring(number)
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+            tensor.record_stream(torch.cuda.current_stream(self.device))
+        self.kept.pop()
+        if number:
+            self.coming[number - 1] = self._bring(number - 1)
+        return tensor
+
+    def _bring(self, number: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        if self.returning is None or self.leaving is None:
+            return self.kept[number].clone(), None
+        self.returning.wait_stream(self.leaving)
+        # Not earlier than the queue is now: else the device would hold inputs of blocks long before their turn.
+        self.returning.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.returning):
+            tensor = self.kept[number].to(self.device, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self.returning)
+        return tensor, event
+
+    def attach(self, model: Ideogram4) -> None:
+        """Recompute every block of the model from an input that waits on the host."""
+        # What makes autograd come by even where a block's input needs no gradient.
+        anchor = torch.empty(0, requires_grad=True)
+
+        def run_block(number: int, block: nn.Module, hidden: Tensor, *inputs: Any) -> Tensor:
+            if not torch.is_grad_enabled():
+                return block(hidden, *inputs)  # type: ignore[no-any-return]
+            return _Recomputed.apply(hidden, anchor, self, block, inputs)
+
+        model.run_block = run_block
+
+
+class _Recomputed(torch.autograd.Function):
+    """A block recomputed in its backward pass from an input kept by `HostActivations`; the gradients of its parameters
+    are added to them there.
+
+    torch's own checkpoint holds its inputs where no hook reaches them, or reaches all of them alike.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override, no-untyped-def]
+        ctx, hidden: Tensor, anchor: Tensor, store: HostActivations, block: nn.Module, inputs: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.store, ctx.block, ctx.inputs = store, block, inputs
+        ctx.random = _random_state(hidden.device)
+        with torch.no_grad():
+            result: Tensor = block(hidden, *inputs)
+        ctx.number = store.pack(hidden)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override, no-untyped-def]
+        hidden = ctx.store.unpack(ctx.number).detach().requires_grad_()
+        now = _random_state(hidden.device)
+        _set_random_state(hidden.device, ctx.random)
+        with torch.enable_grad():
+            result = ctx.block(hidden, *ctx.inputs)
+        _set_random_state(hidden.device, now)
+        torch.autograd.backward(result, gradient)
+        return hidden.grad, None, None, None, None
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

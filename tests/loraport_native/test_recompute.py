@@ -1,0 +1,63 @@
+"""What is recomputed changes memory and time, and no bit of a result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from loraport_native import recompute as module
+from loraport_native.recompute import recompute
+
+
+def losses_and_gradients(trainer) -> list[torch.Tensor]:
+    for factor in trainer.adapter.parameters():
+        factor.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    trainer.model.train()
+    loss = trainer._loss(trainer._batch(0), 0)
+    return [loss, *torch.autograd.grad(loss, trainer.masters.weights)]
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_no_mode_changes_a_bit(make_spec, make_trainer, mode: str) -> None:
+    wanted, got = (
+        losses_and_gradients(make_trainer(make_spec(lora={"dropout": 0.3}, memory={"gradient_checkpointing": how})))
+        for how in ("none", mode)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+def attention_calls(trainer) -> int:
+    calls = 0
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            nonlocal calls
+            calls += "scaled_dot_product" in str(operator) and "backward" not in str(operator)
+            return operator(*args, **(kwargs or {}))
+
+    with Count():
+        losses_and_gradients(trainer)
+    return calls
+
+
+def test_selective_recomputes_all_but_attention(make_spec, make_trainer) -> None:
+    counted = {
+        mode: attention_calls(make_trainer(make_spec(memory={"gradient_checkpointing": mode})))
+        for mode in ("none", "selective", "full")
+    }
+    assert counted == {"none": 3, "selective": 3, "full": 6}
+
+
+def test_only_the_first_blocks_are_recomputed_when_asked(make_spec, make_trainer, monkeypatch) -> None:
+    seen = []
+
+    def note(block, *inputs, **options):
+        seen.append(block)
+        return checkpoint(block, *inputs, **options)
+
+    monkeypatch.setattr(module, "checkpoint", note)
+    trainer = make_trainer(make_spec())
+    recompute(trainer.model, "full", 2)
+    losses_and_gradients(trainer)
+    assert seen == list(trainer.model.layers)[:2]

@@ -1,0 +1,106 @@
+"""Streamed blocks compute what resident ones do, to the bit, forward and backward. On a CPU copies are immediate; the
+order of copies and slots is the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraport.spec.models import LoraSection, MemorySection
+from loraport_native.lora import Adapter, inject
+from loraport_native.models.checkpoint import find_checkpoint
+from loraport_native.models.ideogram4 import Ideogram4
+from loraport_native.placement import load_placed, set_passes
+from loraport_native.stream import Host, Stream
+
+CPU = torch.device("cpu")
+PATTERNS = [r"layers\.\d+\.attention\.(qkv|o)", r"layers\.\d+\.feed_forward\.w[123]"]
+
+
+def model_with(checkpoint: Path, kind: str = "lora", dropout: float = 0.0, **memory: str) -> tuple[Ideogram4, Adapter]:
+    section = MemorySection.model_validate(
+        {"storage": "fp8", "compute": "model", "offload": "none", "gradient_checkpointing": "full", **memory}
+    )
+    model, stream = load_placed(find_checkpoint(str(checkpoint)), section, torch.float32, CPU)
+    lora = LoraSection.model_validate({"type": kind, "rank": 4, "alpha": 4, "dropout": dropout})
+    adapter = inject(model, lora, PATTERNS, seed=0)
+    draw = torch.Generator().manual_seed(1)
+    for factor in adapter.parameters():
+        factor.data.normal_(std=0.1, generator=draw)
+    set_passes(model, section, stream)
+    return model, adapter
+
+
+def step(model: Ideogram4, adapter: Adapter, lengths: list[int] | None = None) -> list[torch.Tensor]:
+    """The prediction and the adapter's gradients."""
+    draw = torch.Generator().manual_seed(3)
+    latents, text = torch.randn(2, 16, 128, generator=draw), torch.randn(2, 5, 128, generator=draw)
+    torch.manual_seed(5)
+    result = model.train().velocity(latents, text, lengths, torch.tensor([0.2, 0.7]), (4, 4))
+    result.square().sum().backward()
+    gradients = [factor.grad for factor in adapter.parameters()]
+    for factor in adapter.parameters():
+        factor.grad = None
+    return [result.detach(), *gradients]
+
+
+@pytest.mark.parametrize("storage", ["none", "fp8", "int8", "nf4"])
+@pytest.mark.parametrize("offload", ["group", "group+activations", "disk"])
+def test_a_streamed_model_computes_what_a_resident_one_does(
+    tiny_official: Path, offload: str, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPORT_CACHE", str(tmp_path))
+    wanted = step(*model_with(tiny_official, storage=storage))
+    model, adapter = model_with(tiny_official, storage=storage, offload=offload)
+    for _ in range(2):  # the second pass begins with what the first left in the slots
+        for one, other in zip(step(model, adapter), wanted, strict=True):
+            assert torch.equal(one, other)
+    with torch.no_grad():
+        model.velocity(torch.ones(1, 16, 128), torch.ones(1, 5, 128), None, torch.tensor([0.3]), (4, 4))
+    for one, other in zip(step(model, adapter), wanted, strict=True):
+        assert torch.equal(one, other), "an evaluation in between changes nothing"
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_streaming_does_not_need_recomputation(tiny_official: Path, checkpointing: str) -> None:
+    wanted = step(*model_with(tiny_official, gradient_checkpointing=checkpointing))
+    got = step(*model_with(tiny_official, gradient_checkpointing=checkpointing, offload="group"))
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr", "loha"])
+def test_inputs_kept_on_the_host_change_nothing_for_any_adapter(tiny_official: Path, kind: str) -> None:
+    dropout = 0.3 if kind == "lora" else 0.0
+    wanted = step(*model_with(tiny_official, kind, dropout))
+    got = step(*model_with(tiny_official, kind, dropout, offload="group+activations"))
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+def test_each_block_is_copied_once_a_pass_and_not_at_the_turn(tiny_official: Path) -> None:
+    model, adapter = model_with(tiny_official)
+    copies: list[int] = []
+
+    class Noted(Host):
+        def copy(self, number: int, slot: torch.Tensor) -> None:
+            copies.append(number)
+            super().copy(number, slot)
+
+    stream = Stream(Noted(CPU), CPU, slots=2)
+    for number, block in enumerate(model.layers):
+        stream.take(number, block)
+    stream.attach(model)
+    step(model, adapter)
+    assert copies == [0, 1, 2, 0], "of three blocks, 2 and 1 are still there when the backward pass begins"
+    copies.clear()
+    step(model, adapter)
+    assert copies == [2, 0], "and 0 and 1 when the next step does"
+
+
+def test_the_device_holds_no_more_than_the_slots(tiny_official: Path) -> None:
+    model, _ = model_with(tiny_official, offload="group", storage="none")
+    places = {
+        parameter.untyped_storage().data_ptr() for parameter in model.layers.parameters() if not parameter.requires_grad
+    }
+    assert len(places) == 2 < len(model.layers)

@@ -203,6 +203,8 @@ def meaning(spec: TrainSpec, path: str) -> Any:
     """A field's value, the same for two ways of writing it."""
     if path == "lora.alpha":
         return spec.lora.effective_alpha
+    if path == "memory.quantize":
+        return None  # another name for storage and compute, which are compared
     if path == "lora.targets":
         return IDEOGRAM4.target_patterns(spec.lora.targets)
     return value_at(spec, path)

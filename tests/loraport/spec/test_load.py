@@ -150,7 +150,7 @@ def test_a_training_field_under_model_points_to_where_it_belongs(write: Any) -> 
         ("train.learning_rate", "50", "train.learning_rate: input should be less"),
         ("train.learning_rate", "true", "train.learning_rate: a number belongs here"),
         ("train.optimizer", "adam", "train.optimizer: input should be 'adamw', 'adamw8bit'"),
-        ("train.optimizer", "adamw8", "'lion' (got 'adamw8'). Did you mean 'adamw8bit'?"),
+        ("train.optimizer", "adamw8bits", "'lion' (got 'adamw8bits'). Did you mean 'adamw8bit'?"),
         ("train.gpus", "0", "train.gpus: input should be greater than or equal to 1 (got 0)"),
         ("memory.storage", "nf5", "(got 'nf5'). Did you mean 'nf4'?"),
         ("memory.gradient_checkpointing", "partial", "'none', 'selective', 'full' or 'auto' (got 'partial')"),

@@ -66,5 +66,6 @@ def _trained_with(path: Path) -> tuple[int, float]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UnknownScale(
             f"{path} does not tell its scale, and {arguments} cannot be read ({type(error).__name__}: {error}).",
-            hint=f"DiffSynth writes {ARGUMENTS} into the folder of its LoRA files: put the two beside each other.",
+            hint=f"DiffSynth writes {ARGUMENTS} into the folder of its LoRA files: put the two beside each other. Or "
+            "give the alpha it was trained with (--alpha N), or say that it was the rank (--assume-alpha rank).",
         ) from error

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from loraport.errors import DataError
 from loraport.lora.canonical import LoraFile
 from loraport.lora.dialect import AskingDialect, Dialect, UnknownScale
 from loraport.lora.lazy import LazyModules
-from loraport.lora.storage import read_tensors
 from loraport.run.finish import detect_dialect
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -61,16 +62,9 @@ def read_lora(path: Path, dialects: Mapping[str, Dialect], scale: Scale | None =
     dialect = detect_dialect(path, dialects)
     try:
         return Found(path, dialect, dialect.read(path), asked=False)
-    except UnknownScale as error:
-        if not isinstance(dialect, AskingDialect):
+    except UnknownScale:
+        if scale is None or not isinstance(dialect, AskingDialect):
             raise
-        if scale is None:
-            known = error.hint or "A guess would make it too strong or too weak without a word."
-            raise UnknownScale(
-                error.message,
-                hint=f"{known} Or give --alpha N, the alpha it was trained with, or --assume-alpha rank where the trainer "
-                "sets alpha to the rank.",
-            ) from error
         return Found(path, dialect, dialect.read_with_alpha(path, scale.alpha), asked=True)
 
 
@@ -86,9 +80,6 @@ def read_back(dialect: Dialect, path: Path) -> LoraFile:
 
 def only(lora: LoraFile, pattern: str) -> LoraFile:
     """The modules whose whole name matches a regular expression. Raises DataError when none does or it is none."""
-    import re
-    from functools import partial
-
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -99,8 +90,3 @@ def only(lora: LoraFile, pattern: str) -> LoraFile:
         raise DataError(f"--only: no module's whole name matches {pattern!r}. Modules are named like {some}.")
     modules = LazyModules({name: partial(lora.modules.__getitem__, name) for name in kept})
     return LoraFile(lora.family, modules, lora.metadata, lora.unread)
-
-
-def tensors_of(paths: Iterable[Path]) -> set[Path]:
-    """The real places of input files, which no output may replace. Raises DataError for one that cannot be read."""
-    return {read_tensors(path).path.resolve() for path in paths}

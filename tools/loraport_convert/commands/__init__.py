@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from loraport_convert.commands import convert, verify
+from loraport_convert.commands import convert, inspect, verify
 
 
 def add_commands(cli: typer.Typer) -> None:
-    for module in (convert, verify):
+    for module in (convert, inspect, verify):
         module.add_commands(cli)

@@ -1,0 +1,114 @@
+"""What ComfyUI's loader does with a file as it is, told from the keys and shapes.
+
+Its rules for key endings and scale are those of the ComfyUI dialect. Which prefixes it takes in front of diffusers'
+names differs by architecture; the table is what its real loader accepted completely (ComfyUI 0.33).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loraport.lora.storage import Tensors
+from loraport_convert.codec import keys
+from loraport_convert.families import FAMILIES
+from loraport_convert.families.rules import Span
+
+#: Family → the prefixes under which ComfyUI takes diffusers' names.
+_DIFFUSERS_NAMES = {
+    "flux1": ("transformer.", "", "lora_transformer_", "lycoris_"),
+    "flux2": ("transformer.", "", "lora_transformer_", "lycoris_"),
+    "qwen-image": ("transformer.", "diffusion_model.", "", "lora_unet_", "lycoris_"),
+    "z-image": ("transformer.", "diffusion_model.", "", "lycoris_"),
+    "sd3": ("transformer.", "lora_transformer_", "lycoris_"),
+    "krea2": ("transformer.", "diffusion_model.", ""),
+    "sdxl": ("lora_unet_", "lycoris_"),
+    "sd15": ("lora_unet_", "lycoris_"),
+}
+_NATIVE = ("diffusion_model.", "lora_unet_")
+_TEXT_ENCODERS = (
+    "text_encoders.",
+    "lora_te_",
+    "lora_te1_",
+    "lora_te2_",
+    "text_encoder.text_model.",
+    "text_encoder_2.text_model.",
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`loads` and `skips` are modules; `problems` say what goes wrong, silently or not; `aborts` that nothing loads."""
+
+    loads: int
+    skips: tuple[str, ...]
+    problems: tuple[str, ...]
+    aborts: bool
+
+    @property
+    def fine(self) -> bool:
+        return not (self.skips or self.problems or self.aborts)
+
+
+def judge(
+    tensors: Tensors, modules: Mapping[str, Mapping[str, str]], family: str | None, scales: Mapping[str, float | None]
+) -> Verdict:
+    """What happens to the modules, grouped as prefixed name → ending → key; `scales` are what the file really means."""
+    skips = tuple(prefixed for prefixed in modules if not _known(prefixed, family))
+    loaded = {prefixed: endings for prefixed, endings in modules.items() if prefixed not in set(skips)}
+    found: dict[str, list[str]] = {}
+    aborts = False
+    for prefixed, endings in loaded.items():
+        for problem, fatal in _problems(prefixed, endings, tensors, scales):
+            found.setdefault(problem, []).append(prefixed)
+            aborts |= fatal
+    problems = tuple(f"{problem} ({len(names)} modules, such as {names[0]})" for problem, names in found.items())
+    return Verdict(0 if aborts else len(loaded), skips, problems, aborts)
+
+
+def _known(prefixed: str, family: str | None) -> bool:
+    """Whether ComfyUI finds the module. Without a known family, only its own prefixes count."""
+    if prefixed.startswith(_TEXT_ENCODERS):
+        return True
+    module = keys.parse(prefixed)
+    length = len(prefixed) - len(module.name)
+    prefix = prefixed[:length]
+    if prefixed[length:] != module.name:
+        return False  # something in the middle of the name was left out to understand it
+    if family not in FAMILIES:
+        return prefix in _NATIVE
+    native = FAMILIES[family].native(module.name, None, module.flat)
+    if prefix in _NATIVE and (native is None or _same(native, module)):
+        return native is not None
+    return prefix in _DIFFUSERS_NAMES.get(family or "", ()) and native is not None
+
+
+def _same(spans: tuple[Span, ...], module: keys.Module) -> bool:
+    """Whether the native name is the module's own."""
+    name = spans[0].module.replace(".", "_") if module.flat else spans[0].module
+    return len(spans) == 1 and spans[0].whole and name == module.name
+
+
+def _problems(
+    prefixed: str, endings: Mapping[str, str], tensors: Tensors, scales: Mapping[str, float | None]
+) -> list[tuple[str, bool]]:
+    """(what goes wrong, whether the load aborts)."""
+    found = []
+    shapes = tensors.shapes
+    if any((up in endings) != (down in endings) for up, down in keys.LOW_RANK):
+        found.append(("one half of a pair is missing, and the load aborts", True))
+    if keys.ALPHA in endings and shapes[endings[keys.ALPHA]] not in ((), (1,)):
+        found.append(("alpha has more than one number, and the load aborts", True))
+    if keys.DORA_SCALE in endings and len(shapes[endings[keys.DORA_SCALE]]) < 2:
+        found.append(
+            ("the dora_scale has one axis and is applied to the wrong one: nearly nothing of it is right", False)
+        )
+    if any(each in endings for each in keys.MAGNITUDES):
+        found.append(("the DoRA magnitude is not read, while its factors are applied as a plain LoRA", False))
+    scale = scales.get(prefixed)
+    if keys.ALPHA not in endings and keys.DIFF not in endings:
+        if scale is None:
+            found.append(("no alpha: it is applied at scale 1, which may not be what was trained", False))
+        elif abs(scale - 1) > 1e-6:
+            found.append((f"no alpha tensor: it is applied at scale 1 instead of {scale:g}", False))
+    return found

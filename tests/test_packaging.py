@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-PACKAGES = {"loraport", "loraport_convert", "loraport_dataset", "loraport_profiles"}
+PACKAGES = {"loraport", "loraport_bench", "loraport_convert", "loraport_dataset", "loraport_profiles"}
 PACKAGES |= {"loraport_ai_toolkit", "loraport_diffsynth", "loraport_native", "loraport_simpletuner"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -142,7 +142,7 @@ def _batch(
     indicator = torch.full((batch, length), OUTPUT_IMAGE_INDICATOR, device=device)
     indicator[:, :text] = LLM_TOKEN_INDICATOR
     config: Any = model.config
-    random = {"device": device, "dtype": torch.bfloat16}
+    random: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     inputs = {
         "hidden_states": torch.randn(batch, length, config.in_channels, **random),
         "encoder_hidden_states": torch.randn(batch, length, config.llm_features_dim, **random),
@@ -154,7 +154,7 @@ def _batch(
 
 
 def matmul_rate(device: torch.device, repeats: int = 10) -> dict[str, float]:
-    """TFLOP/s of a bf16 matrix product: sides of 8192 on a card, of 512 elsewhere; the mean of `repeats` after three."""
+    """TFLOP/s of a bf16 matrix product, of sides 8192 on a card and 512 elsewhere: mean of `repeats` after three."""
     side = 8192 if device.type == "cuda" else 512
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
 

@@ -1,0 +1,144 @@
+"""The table of a data file: what was measured, beside the bar and the floor."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from loraport.errors import DataError
+from loraport_bench.results import DataFile
+from loraport_bench.rows import QUALITY_ROWS, ROWS, Row
+
+_MARKED = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+STEP_HEAD = ("profile", "s/step", "bar", "× stock", "bar", "× floor", "peak GiB", "bar", "floor", "whole card GiB")
+QUALITY_HEAD = ("profile", "held-out loss before", "after", "after − bf16's, by seed", "seeds")
+MET, MISSED = "✓", "✗"
+
+
+def markdown(file: DataFile) -> str:
+    """Both tables in Markdown; the one that has no rows is left out."""
+    parts = [_table(STEP_HEAD, step_cells(file)), _table(QUALITY_HEAD, quality_cells(file))]
+    return "\n".join(part for part in parts if part)
+
+
+def fill(page: Path) -> str:
+    """The text of a page with each table between `<!-- bench: FILE -->` and `<!-- /bench -->` made anew.
+
+    FILE is relative to the page. Raises DataError for a file that is not there.
+    """
+
+    def made(match: re.Match[str]) -> str:
+        data = page.parent / match[2]
+        if not data.is_file():
+            raise DataError(f"{page} names {match[2]}, which is not there.")
+        return f"{match[1]}{markdown(DataFile(data))}{match[3]}"
+
+    return _MARKED.sub(made, page.read_text(encoding="utf-8"))
+
+
+def step_cells(file: DataFile) -> list[list[str]]:
+    """A line for each row and each stock recipe that was tried, in the order of ROWS."""
+    lines = [_step_line(row, file) for row in ROWS if (row.name, None) in file.rows]
+    stock = [name for name, _ in file.rows if name.startswith("stock-")]
+    return lines + [_stock_line(file.rows[name, None]) for name in stock]
+
+
+def quality_cells(file: DataFile) -> list[list[str]]:
+    """A line for each profile whose held-out loss was measured: mean ± standard deviation over the seeds."""
+    reference = _ends(file, QUALITY_ROWS[0].name)
+    lines = []
+    for row in QUALITY_ROWS:
+        ends = _ends(file, row.name)
+        if not ends:
+            continue
+        starts = [file.rows[row.name, seed]["held_out"]["start"] for seed in ends]
+        apart = [ends[seed] - reference[seed] for seed in ends if seed in reference]
+        difference = "–" if row is QUALITY_ROWS[0] or not apart else _mean(apart, sign="+")
+        seeds = ", ".join(map(str, sorted(ends)))
+        lines.append([row.name.removeprefix("quality-"), _mean(starts), _mean(ends.values()), difference, seeds])
+    return lines
+
+
+def missed(file: DataFile) -> list[str]:
+    """The measured rows that do not reach a bar."""
+    return [line[0] for line in step_cells(file) if any(MISSED in cell for cell in line)]
+
+
+def _ends(file: DataFile, name: str) -> dict[int, float]:
+    return {
+        seed: line["held_out"]["end"]
+        for (row, seed), line in file.rows.items()
+        if row == name and seed is not None and "held_out" in line and line["status"] == "ok"
+    }
+
+
+def _step_line(row: Row, file: DataFile) -> list[str]:
+    line = file.rows[row.name, None]
+    if "step_s" not in line or line["status"] != "ok":
+        return [row.name, line["status"], *["–"] * (len(STEP_HEAD) - 2)]
+    step, bar, floor = line["step_s"], row.bar, line.get("floor", {})
+    seconds, peak = step["median"], line["peak_allocated_gib"]
+    ratio, other = line.get("times_stock"), file.good(bar.of) if bar.of else None
+    return [
+        row.name + (f" ({row.batch} images)" if row.batch > 1 else ""),
+        f"{seconds:.3f} ({step['p10']:.3f} to {step['p90']:.3f})",
+        _seconds_bar(row, line, other),
+        f"{ratio:.2f}" if ratio else "–",
+        _bar(f"≥ {bar.ratio:g}", ratio >= bar.ratio) if bar.ratio and ratio else "–",
+        f"{seconds / floor['seconds']:.2f}" if floor else "–",
+        f"{peak:.2f}",
+        _bar(f"≤ {bar.gib:g}", peak <= bar.gib) if bar.gib else "–",
+        f"{floor['gib']:.2f}" if "gib" in floor else "–",
+        _card(line, row.limit_gib),
+    ]
+
+
+def _seconds_bar(row: Row, line: dict[str, Any], other: dict[str, Any] | None) -> str:
+    bar, seconds = row.bar, line["step_s"]["median"]
+    if bar.seconds:
+        return _bar(f"≤ {bar.seconds:g}", seconds <= bar.seconds)
+    if other and bar.times:
+        times = seconds / other["step_s"]["median"]
+        return _bar(f"{times:.3f} × {bar.of}, ≤ {bar.times:g}", times <= bar.times)
+    if other and bar.throughput:
+        times = line["images_per_second"] / other["images_per_second"]
+        return _bar(f"{times:.2f} × the images/s of {bar.of}, ≥ {bar.throughput:g}", times >= bar.throughput)
+    return "–"
+
+
+def _stock_line(line: dict[str, Any]) -> list[str]:
+    name = f"*{line['row']}*"
+    if line["status"] != "ok":
+        return [name, line["status"], *["–"] * (len(STEP_HEAD) - 2)]
+    step = line["step_s"]
+    told = f"{step['median']:.3f} ({step['p10']:.3f} to {step['p90']:.3f})"
+    return [name, told, "–", "1", "–", "–", f"{line['peak_allocated_gib']:.2f}", "–", "–", _card(line, None)]
+
+
+def _card(line: dict[str, Any], limit: float | None) -> str:
+    peaks = line.get("card_peak_gib") or {}
+    if not peaks:
+        return "–"
+    return f"{max(peaks.values()):.1f}" + (f" (limit {limit:g})" if limit else "")
+
+
+def _bar(text: str, met: bool) -> str:
+    return f"{text} {MET if met else MISSED}"
+
+
+def _mean(values: Iterable[float], sign: str = "") -> str:
+    values = list(values)
+    deviation = f" ± {statistics.stdev(values):.5f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.5f}{deviation}"
+
+
+def _table(head: Iterable[str], lines: list[list[str]]) -> str:
+    if not lines:
+        return ""
+    head = list(head)
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -30,7 +30,19 @@ def captioned_items(spec: TrainSpec, family: Family) -> list[Item]:
             f"validation.images holds every image of {dataset.path} out; none is left to train.",
             hint="Hold out fewer, give a folder with validation.path, or set validation.every to 0.",
         )
-    word = dataset.trigger_word
+    return _with_trigger(items, spec, family)
+
+
+def held_out_items(spec: TrainSpec, family: Family) -> list[Item]:
+    """The images whose loss is measured and that are not trained, sorted by name, with the trigger word in each
+    caption. Raises DataError for what is wrong with images or captions."""
+    dataset, validation = spec.dataset, spec.validation
+    items = scan(validation.path or dataset.path, dataset.caption_ext, dataset.default_caption)
+    return _with_trigger(items if validation.path else items[-validation.images :], spec, family)
+
+
+def _with_trigger(items: list[Item], spec: TrainSpec, family: Family) -> list[Item]:
+    word = spec.dataset.trigger_word
     return [replace(item, caption=family.place_trigger(item.caption, word)) for item in items] if word else items
 
 

@@ -19,7 +19,7 @@ from loraport.families import Family
 from loraport.files import atomic_path, write_atomic
 from loraport.spec.load import parse_yaml
 from loraport.spec.models import TrainSpec
-from loraport.staging import captioned_items, stage
+from loraport.staging import captioned_items, held_out_items, stage
 from loraport_ai_toolkit import layout
 from loraport_ai_toolkit.captions import staged
 from loraport_ai_toolkit.translate import OWN, TEXT_ENCODER
@@ -131,12 +131,7 @@ def _readable(item: Item, folder: Path, number: int) -> Item:
 
 
 def _validation_items(spec: TrainSpec, run_dir: Path, family: Family) -> list[dict[str, str]]:
-    dataset, validation = spec.dataset, spec.validation
-    items = scan(validation.path or dataset.path, dataset.caption_ext, dataset.default_caption)
-    if validation.path is None:
-        items = items[-validation.images :]
-    if dataset.trigger_word:
-        items = [replace(item, caption=family.place_trigger(item.caption, dataset.trigger_word)) for item in items]
+    items = held_out_items(spec, family)
     readable = [_readable(item, run_dir / layout.CONVERTED / "validation", n) for n, item in enumerate(items, 1)]
     done = stage(readable, run_dir / layout.VALIDATION, lambda item: staged(item.caption), ".txt")
     return [

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from loraport.errors import BackendError, DataError, LoraPortError, OutOfMemoryError, SpecError
 from loraport.run.errors_line import find_error
 from loraport.run.events import Checkpoint, Event, Phase, PhaseStarted, Progress, Resumed, Warn, decode_line
+from loraport.run.log_lines import indented, lines_that_matter
 
 #: What the job database says → phase. The first that it begins with counts.
 _PHASES: tuple[tuple[str, Phase], ...] = (
@@ -96,10 +97,8 @@ def explain_failure(exit_code: int, log_tail: str) -> LoraPortError:
 
 def diagnose(exit_code: int, lines: list[str]) -> LoraPortError:
     """The error behind the end of ai-toolkit, from its last lines."""
-    lines = [line.rstrip() for line in lines if line.strip() and not line.startswith("@loraport")]
-    text = "\n".join(lines)
-    told = "\n    ".join(_that_matter(lines))
-    shown = f"\n    {told}" if told else ""
+    text = "\n".join(line for line in lines if not line.startswith("@loraport"))
+    shown = indented(lines_that_matter(text))
     if re.search(
         r"OOM during training step 3 times|out of memory|not enough memory|OutOfMemoryError", text
     ) or exit_code in (
@@ -144,16 +143,3 @@ def diagnose(exit_code: int, lines: list[str]) -> LoraPortError:
     return BackendError(
         f"ai-toolkit failed with exit code {exit_code}.{shown}", hint="The whole log is log.txt in the run folder."
     )
-
-
-def _that_matter(lines: list[str]) -> list[str]:
-    """The last error with the place in ai-toolkit that raised it; without one, the last lines."""
-    error = next(
-        (n for n in range(len(lines) - 1, -1, -1) if re.match(r"^[\w.]*(Error|Exception|Interrupt)\b.*", lines[n])),
-        None,
-    )
-    if error is None:
-        job = [line for line in lines if line.startswith("Error running job")]
-        return job[-1:] or lines[-6:]
-    place = next((n for n in range(error, -1, -1) if lines[n].lstrip().startswith('File "')), None)
-    return [*([lines[place].strip()] if place is not None else []), *lines[error : error + 3]]

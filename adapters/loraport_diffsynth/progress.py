@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 from loraport.errors import BackendError, DataError, LoraPortError, OutOfMemoryError, RunFolderError, SpecError
 from loraport.run.errors_line import find_error
 from loraport.run.events import Event, decode_line
-
-_TOLD = 6  # lines of the log that go with an error
+from loraport.run.log_lines import indented, lines_that_matter
 
 Maker = Callable[[str], LoraPortError]
 
@@ -36,7 +35,7 @@ def explain_failure(exit_code: int, log_tail: str) -> LoraPortError:
             hint="Close other programs and go on with: loraport resume. Or lower dataset.resolution and start again.",
         )
     return BackendError(
-        f"DiffSynth failed with exit code {exit_code}. Its last lines:\n    " + "\n    ".join(lines[-_TOLD:]),
+        f"DiffSynth failed with exit code {exit_code}. It said:{indented(lines_that_matter(log_tail))}",
         hint="The whole log is log.txt in the run folder.",
     )
 

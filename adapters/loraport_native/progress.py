@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from loraport.errors import BackendError, LoraPortError, OutOfMemoryError
 from loraport.run.errors_line import find_error
 from loraport.run.events import Event, decode_line
+from loraport.run.log_lines import indented, lines_that_matter
 
 
 def read_line(line: str) -> Iterable[Event] | None:
@@ -26,8 +27,7 @@ def explain_failure(exit_code: int, log_tail: str) -> LoraPortError:
             hint="Close other programs and go on with: loraport resume. Or lower dataset.resolution or "
             "train.batch_size and start again.",
         )
-    last = [line for line in log_tail.splitlines() if line.strip()][-12:]
     return BackendError(
-        f"The native trainer failed with exit code {exit_code}. Its last lines:\n    " + "\n    ".join(last),
+        f"The native trainer failed with exit code {exit_code}. It said:{indented(lines_that_matter(log_tail))}",
         hint="The whole log is log.txt in the run folder.",
     )

@@ -267,22 +267,49 @@ def _save(table: VerdictTable) -> None:
 
 
 def _sample(table: VerdictTable) -> None:
-    fields = ("every", "prompts", "steps", "guidance", "width", "height", "seed")
-    if table.spec.sample.every == 0:
+    sample = table.spec.sample
+    if sample.every == 0:
+        fields = ("every", "prompts", "steps", "guidance", "width", "height", "seed")
         table.exact(*(f"sample.{name}" for name in fields), reason="none are drawn")
         return
-    table.ignored(
-        *(f"sample.{name}" for name in fields),
-        reason="none are drawn: SimpleTuner 4.10 looks for text features of Ideogram's prompts that it has not kept",
+    accumulated = "; with accumulated passes it draws some images twice and may leave the last one out"
+    table.approximated(
+        "sample.every",
+        reason="validation_step_interval; the text encoder is loaded again for the first image and then stays in "
+        f"memory, 17 GB in bf16{accumulated if table.spec.train.gradient_accumulation > 1 else ''}",
     )
+    if len(sample.prompts) == 1:
+        table.exact("sample.prompts", reason="validation_prompt")
+    else:
+        table.approximated(
+            "sample.prompts",
+            reason="only the first one is drawn: of more prompts SimpleTuner cannot find the text features it made",
+        )
+    table.exact("sample.steps", reason="validation_num_inference_steps")
+    if sample.guidance <= 1:
+        table.exact("sample.guidance", reason="no guidance")
+    else:
+        table.approximated(
+            "sample.guidance",
+            reason=f"validation_guidance, with the trained transformer and the prompt {mapping.NEGATIVE!r} for the "
+            "unconditional half",
+        )
+    table.approximated("sample.width", "sample.height", reason="as asked, with a band under the image that labels it")
+    if sample.seed > mapping.MAX_SEED:
+        table.approximated("sample.seed", reason=f"{sample.seed % 2**32} instead: SimpleTuner's seeds have 32 bits")
+    else:
+        table.exact("sample.seed", reason="validation_seed")
 
 
 def _validation(table: VerdictTable) -> None:
-    if table.spec.validation.every == 0:
+    validation = table.spec.validation
+    if validation.every == 0:
         table.exact("validation.every", "validation.images", "validation.path", reason="none is measured")
         return
-    table.ignored(
-        "validation.every", reason="SimpleTuner's evaluation loss has other noise and times, not to be compared"
+    table.approximated(
+        "validation.every",
+        reason=f"SimpleTuner's own evaluation: fixed noise at {mapping.VALIDATION_LEVELS} levels in equal steps, so "
+        "not to be compared with another backend's",
     )
     table.exact("validation.images", "validation.path", reason="held-out images stay out of training")
 

@@ -79,6 +79,9 @@ _SILENT = frozenset(
         "validation_disable_unconditional",
         "validation_negative_prompt",
         "num_validation_images",
+        "eval_timesteps",
+        "num_eval_images",
+        "eval_dataset_pooling",
         "ideogram_load_unconditional_transformer",
         "report_to",
         "disable_benchmark",
@@ -112,6 +115,7 @@ class _Import:
         self.folder, self.config = folder, config
         self.notes: list[str] = []
         self.read: set[str] = set()
+        self.sets = self._data_sets()
 
     def run(self) -> Imported:
         carried = self._carried()
@@ -126,7 +130,7 @@ class _Import:
             "save": {"every": self.get("checkpoint_step_interval"), "keep": self.get("checkpoints_total_limit")}
             | carried.get("save", {}),
             "sample": self._sample() | carried.get("sample", {}),
-            "validation": carried.get("validation", {}),
+            "validation": self._validation() | carried.get("validation", {}),
             "backend": carried.get("backend", {"name": "simpletuner"}),
         }
         own = carried.get("backend", {}).get("options", {}).get("config", {})
@@ -176,7 +180,7 @@ class _Import:
         )
 
     def _dataset(self) -> dict[str, Any]:
-        sets = self._image_sets()
+        sets = [each for each in self.sets if each.get("dataset_type", "image") == "image"]
         first = sets[0] if sets else {}
         folder = first.get("instance_data_dir")
         if folder is None:
@@ -203,7 +207,7 @@ class _Import:
                 self.note("data set", each.get("id"), "the spec has one set of images")
         return content
 
-    def _image_sets(self) -> list[dict[str, Any]]:
+    def _data_sets(self) -> list[dict[str, Any]]:
         named = self.take("data_backend_config")
         candidates = [self.folder / Path(named).name if named else None, self.folder / "multidatabackend.json"]
         if named:
@@ -215,11 +219,7 @@ class _Import:
         content = _read(file)
         if not isinstance(content, list):
             raise SpecError(f"{file} is not a list of data sets.")
-        return [
-            each
-            for each in content
-            if isinstance(each, dict) and each.get("dataset_type", "image") == "image" and not each.get("disabled")
-        ]
+        return [each for each in content if isinstance(each, dict) and not each.get("disabled")]
 
     def _captions(self, first: dict[str, Any], content: dict[str, Any]) -> None:
         strategy = first.get("caption_strategy", self.take("caption_strategy", "filename"))
@@ -388,6 +388,13 @@ class _Import:
             return content | {"width": int(width), "height": int(height or width)}
         self.note("validation_resolution", self.config["validation_resolution"], "1024 × 1024 was taken")
         return content
+
+    def _validation(self) -> dict[str, Any]:
+        every = self.take("eval_steps_interval")
+        held_out = [each for each in self.sets if each.get("dataset_type") == "eval"]
+        if not every or not held_out:
+            return {}
+        return {"every": int(every), "path": held_out[0].get("instance_data_dir")}
 
 
 def _read(file: Path) -> Any:

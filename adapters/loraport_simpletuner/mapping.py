@@ -35,6 +35,10 @@ OPTIONS = {"version": "version of SimpleTuner to write keys for", "config": "fur
 #: SimpleTuner takes an area in megapixels within 0.05 of these for the square of that side.
 _REMAPPED = {0.25: 512, 0.5: 768, 1.0: 1024, 2.0: 1536, 4.0: 2048}
 MAX_SEED = 2**32 - 1
+#: Prompt of guidance's unconditional half. SimpleTuner keeps no text features of an empty one, and then draws nothing.
+NEGATIVE = "."
+#: Noise levels at which SimpleTuner measures the loss of each held-out image, in equal steps.
+VALIDATION_LEVELS = 8
 TOKENS = 2048
 
 

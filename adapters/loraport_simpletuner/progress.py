@@ -11,14 +11,18 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loraport.errors import BackendError, DataError, LoraPortError, OutOfMemoryError
 from loraport.run import events
 from loraport.run.errors_line import find_error
 from loraport.run.events import Event, decode_line
+from loraport.run.log_lines import indented, lines_that_matter
 from loraport_simpletuner.collect import checkpoints
+from loraport_simpletuner.translate import HELD_OUT_ID
 
 METRICS = "training_metrics.jsonl"
+HELD_OUT_LOSS = f"loss/val/{HELD_OUT_ID}"
 LOG_HINT = "The whole log is log.txt in the run folder."
 
 _BAR = re.compile(r"Steps:\s+\d+%\|.*?\|\s*(\d+)/(\d+) \[.*?lr=([\d.e+-]+).*?step_loss=([\d.e+-]+|nan)")
@@ -26,6 +30,8 @@ _PHASES: tuple[tuple[str, events.Phase, str], ...] = (
     ("Configuring text embed backend", "cache", "captions"),
     ("Creating VAE latent cache", "cache", "latents"),
     ("Loading weights:", "load", "text encoder"),
+    ("Processing validation prompts:", "sample", ""),
+    ("Calculate validation loss", "validate", ""),
     (" Steps: ", "train", ""),
 )
 
@@ -78,8 +84,8 @@ class Metrics:
         self._last = 0
         self.seen = False
 
-    def read(self) -> Iterator[events.Step]:
-        """The steps since the last call. Raises BackendError at a step whose loss is no number."""
+    def read(self) -> Iterator[events.Step | events.Validation]:
+        """The steps and held-out losses since the last call. Raises BackendError at a step whose loss is no number."""
         if not self.path.is_file():
             return
         with open(self.path, "rb") as file:
@@ -88,17 +94,19 @@ class Metrics:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                step = self._step(line)
+                try:
+                    record = json.loads(line)
+                    number, metrics = int(record["step"]), dict(record["metrics"])
+                except (ValueError, KeyError, TypeError):
+                    continue
+                step = self._step(number, metrics)
                 if step is not None:
                     yield step
+                    if HELD_OUT_LOSS in metrics:
+                        yield events.Validation(step=number, loss=metrics[HELD_OUT_LOSS])
 
-    def _step(self, line: bytes) -> events.Step | None:
-        try:
-            record = json.loads(line)
-            number, metrics = int(record["step"]), record["metrics"]
-        except (ValueError, KeyError, TypeError):
-            return None
-        if number <= self._last or not isinstance(metrics, dict) or "learning_rate" not in metrics:
+    def _step(self, number: int, metrics: dict[str, Any]) -> events.Step | None:
+        if number <= self._last or "learning_rate" not in metrics:
             return None
         self._last, self.seen = number, True
         if "train_loss" not in metrics:  # it leaves out what is not finite
@@ -240,8 +248,8 @@ def explain(exit_code: int, log_tail: str) -> LoraPortError:
             hint="Close other programs and go on with: loraport resume. Or lower dataset.resolution or "
             "train.batch_size and start again.",
         )
-    last = "\n    ".join(_short(line) for line in lines[-12:])
-    return BackendError(f"SimpleTuner failed with exit code {exit_code}. Its last lines:\n    {last}", hint=LOG_HINT)
+    told = indented(lines_that_matter(log_tail))
+    return BackendError(f"SimpleTuner failed with exit code {exit_code}. It said:{told}", hint=LOG_HINT)
 
 
 def _short(line: str) -> str:

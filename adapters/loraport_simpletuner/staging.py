@@ -11,8 +11,8 @@ from loraport.dataset import Item, load_image, scan
 from loraport.families import check_family
 from loraport.plugins import plugins
 from loraport.spec.models import TrainSpec
-from loraport.staging import captioned_items, stage
-from loraport_simpletuner.translate import IMAGES, REGULARIZATION
+from loraport.staging import captioned_items, held_out_items, stage
+from loraport_simpletuner.translate import HELD_OUT, IMAGES, REGULARIZATION
 
 
 def stage_images(spec: TrainSpec, work: Path) -> list[str]:
@@ -26,6 +26,8 @@ def stage_images(spec: TrainSpec, work: Path) -> list[str]:
     regularization = spec.dataset.regularization
     if regularization.path is not None:
         stage(scan(regularization.path, regularization.caption_ext), work / REGULARIZATION, _one_line, ".txt")
+    if spec.validation.every:
+        stage(held_out_items(spec, family), work / HELD_OUT, _one_line, ".txt")
     return warnings
 
 

@@ -21,7 +21,9 @@ DATA = "config/multidatabackend.json"
 LYCORIS = "config/lycoris_config.json"
 LAUNCH = "launch.json"
 OUTPUT = "output"
-IMAGES, REGULARIZATION = "dataset/images", "dataset/regularization"
+IMAGES, REGULARIZATION, HELD_OUT = "dataset/images", "dataset/regularization", "dataset/held-out"
+#: The held-out images' name in SimpleTuner's metrics.
+HELD_OUT_ID = "held-out"
 #: What SimpleTuner's own files have no room for; kept so that the files can be imported again.
 CARRIED = ("version", "name", "model", "dataset", "memory", "save", "sample", "validation", "backend")
 
@@ -115,9 +117,8 @@ def _config(spec: TrainSpec, resume: bool) -> dict[str, Any]:
         **_memory(spec),
         "checkpoint_step_interval": spec.save.every,
         "checkpoints_total_limit": spec.save.keep,
-        # Its drawing looks for text features that it has not kept (4.10.1): an error for each prompt, and no image.
-        "ideogram_validation": False,
-        "validation_disable": True,
+        **_sample(spec),
+        **_validation(spec),
         "report_to": "simpletuner",
         "disable_benchmark": True,
         "push_to_hub": False,
@@ -194,11 +195,47 @@ def _memory(spec: TrainSpec) -> dict[str, Any]:
     return keys | {"musubi_blocks_to_swap": mapping.SWAPPABLE if group else 0}
 
 
+def _sample(spec: TrainSpec) -> dict[str, Any]:
+    sample = spec.sample
+    if not sample.every:
+        return {"ideogram_validation": False, "validation_disable": True}
+    return {
+        "ideogram_validation": True,
+        "validation_disable": False,
+        # Of a library of prompts it looks for text features under other keys than it kept them (4.8 to 4.10).
+        "validation_prompt": sample.prompts[0],
+        "validation_negative_prompt": mapping.NEGATIVE,
+        "validation_disable_unconditional": True,
+        "validation_step_interval": sample.every,
+        "validation_num_inference_steps": sample.steps,
+        "validation_guidance": sample.guidance,
+        "validation_resolution": f"{sample.width}x{sample.height}",
+        "validation_seed": sample.seed % 2**32,
+        "num_validation_images": 1,
+    }
+
+
+def _validation(spec: TrainSpec) -> dict[str, Any]:
+    if not spec.validation.every:
+        return {}
+    return {
+        "eval_steps_interval": spec.validation.every,
+        "eval_timesteps": mapping.VALIDATION_LEVELS,
+        # Every image that is held out: this only has to be at least their number.
+        "num_eval_images": 10_000,
+        "eval_dataset_pooling": False,
+    }
+
+
 def _data(spec: TrainSpec) -> list[dict[str, Any]]:
     dataset = spec.dataset
     sets = [_images(spec, "images", IMAGES, dataset.repeats)]
     if dataset.regularization.path is not None:
         sets.append(_images(spec, "regularization", REGULARIZATION, dataset.regularization.repeats))
+    if spec.validation.every:
+        # Repeats would only measure the same again.
+        held_out = _images(spec, HELD_OUT_ID, HELD_OUT, 1) | {"dataset_type": "eval", "repeats": 0}
+        sets.append(held_out)
     text = {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"}
     return [*sets, text]
 

@@ -72,5 +72,18 @@ GOLDEN = {
         validation={"every": 50},
         save={"every": 0, "dtype": "fp16"},
     ),
+    "multi-resolution": spec(
+        name="shapes",
+        dataset={
+            "resolution": 896,
+            "aspect_buckets": True,
+            "upscale": True,
+            "repeats": 2,
+            "regularization": {"path": "/data/regularization"},
+        },
+        train={"batch_size": 2},
+        sample={"every": 100, "prompts": ["a tall ship"], "width": 640, "height": 1152, "seed": 3},
+        validation={"every": 100, "path": "/data/held out"},
+    ),
     "resume": spec(name="resumed", train={"steps": 750}, save={"every": 250, "keep": 2}),
 }

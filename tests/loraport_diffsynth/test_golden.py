@@ -1,4 +1,4 @@
-"""Six specs and exactly what is generated for each. LORAPORT_UPDATE_GOLDEN=1 writes the files anew."""
+"""Specs and exactly what is generated for each. LORAPORT_UPDATE_GOLDEN=1 writes the files anew."""
 
 from __future__ import annotations
 
@@ -65,6 +65,21 @@ CASES: dict[str, dict[str, Any]] = {
         "sample": {"every": 100, "prompts": ["a buggy"]},
         "validation": {"every": 50},
         "backend": {"name": "diffsynth", "options": {"arguments": ["--use_gradient_checkpointing_offload"]}},
+    },
+    "multi-resolution": {
+        **_BASE,
+        "name": "shapes",
+        "dataset": {
+            "path": "/data/shapes",
+            "resolution": 896,
+            "aspect_buckets": True,
+            "upscale": True,
+            "repeats": 2,
+            "regularization": {"path": "/data/regularization"},
+        },
+        "train": {"batch_size": 2},
+        "memory": {"profile": "24gb"},
+        "validation": {"every": 100, "path": "/data/held out"},
     },
     "resume": {**_BASE, "memory": {"quantize": "none"}},
 }

@@ -32,14 +32,15 @@ def test_a_silent_kill_is_taken_for_memory(code: int) -> None:
     assert isinstance(explain_failure(code, "step 1\n"), OutOfMemoryError)
 
 
-def test_a_crash_shows_the_last_lines(tmp_path) -> None:
-    log = "\n".join(f"line {number}" for number in range(100)) + "\nZeroDivisionError: division by zero\n\n"
-    error = explain_failure(1, log)
+def test_a_crash_shows_its_exception_or_else_the_last_lines() -> None:
+    log = "\n".join(f"line {number}" for number in range(100))
+    error = explain_failure(1, log + "\nTraceback (most recent call last):\nZeroDivisionError: division by zero\n\n")
     assert isinstance(error, BackendError)
     assert "exit code 1" in str(error)
     assert "ZeroDivisionError" in str(error)
-    assert "line 95" in str(error)
-    assert "line 50" not in str(error)
+    assert "Traceback" not in str(error)
+    assert "line 95" in str(explain_failure(1, log))
+    assert "line 50" not in str(explain_failure(1, log))
 
 
 @pytest.mark.parametrize("rest", ['{"kind": "Sp', '{"kind": "NoSuchError", "message": "a", "hint": null}', "[]"])

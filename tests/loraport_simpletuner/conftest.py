@@ -81,6 +81,22 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         },
         False,
     ),
+    "multi-resolution": (
+        {
+            "name": "shapes",
+            "dataset": {
+                "resolution": 896,
+                "aspect_buckets": True,
+                "upscale": True,
+                "repeats": 2,
+                "regularization": {"path": "/data/regularization"},
+            },
+            "train": {"batch_size": 2},
+            "sample": {"every": 100, "prompts": ["a tall ship"], "width": 640, "height": 1152, "seed": 3},
+            "validation": {"every": 100, "path": "/data/held out"},
+        },
+        False,
+    ),
     "resume": ({"name": "again", "train": {"steps": 4}, "save": {"every": 2}, "memory": {"quantize": "fp8"}}, True),
 }
 

@@ -108,7 +108,12 @@ SECTIONS = st.fixed_dictionaries(
         ),
         "save": st.fixed_dictionaries({"every": st.integers(0, 500), "keep": st.integers(1, 9)}),
         "sample": st.fixed_dictionaries(
-            {"prompts": st.lists(st.sampled_from(["a", "ein ü"]), max_size=2), "steps": st.integers(1, 50)}
+            {
+                "every": st.integers(0, 5),
+                "prompts": st.lists(st.sampled_from(["a", "ein ü"]), min_size=1, max_size=2),
+                "steps": st.integers(1, 50),
+                "guidance": st.sampled_from([1.0, 4.5]),
+            }
         ),
         "validation": st.fixed_dictionaries({"every": st.integers(0, 5), "images": st.integers(1, 3)}),
         "backend": st.fixed_dictionaries(
@@ -160,6 +165,7 @@ def foreign(tmp_path: Path) -> Path:
                 "--lr_scheduler": "polynomial",
                 "--data_backend_config": "config/multidatabackend.json",
                 "--validation_prompt": "a ship",
+                "--eval_steps_interval": 20,
                 "--hub_model_id": "me/mine",
                 "--max_grad_norm": 0.1,
                 "--grad_clip_method": "value",
@@ -181,6 +187,7 @@ def foreign(tmp_path: Path) -> Path:
                     "repeats": 4,
                 },
                 {"id": "more", "type": "local", "instance_data_dir": "more"},
+                {"id": "held", "dataset_type": "eval", "type": "local", "instance_data_dir": "held"},
                 {"id": "t", "dataset_type": "text_embeds", "default": True},
             ]
         )
@@ -194,6 +201,7 @@ def test_a_foreign_configuration_is_read_and_all_that_is_lost_is_told(foreign: P
     assert (spec.lora.rank, spec.lora.effective_alpha, spec.train.steps) == (8, 8.0, 900)
     assert (spec.dataset.path, spec.dataset.repeats) == (foreign / "pics", 5)
     assert (spec.dataset.resolution, spec.dataset.aspect_buckets) == (1024, False)
+    assert (spec.validation.every, spec.validation.path) == (20, foreign / "held")
     # SimpleTuner's own defaults hold for what was left out.
     assert (spec.lora.dropout, spec.dataset.caption_dropout, spec.train.batch_size) == (0.1, 0.1, 4)
     notes = "\n".join(imported.notes)

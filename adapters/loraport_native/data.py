@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,15 +18,18 @@ from loraport.dataset import Item, scan
 from loraport.errors import DataError
 from loraport.families import Family, check_family
 from loraport.plugins import plugins
-from loraport.run.events import Event, PhaseStarted, Warn
+from loraport.run.events import Event, PhaseStarted, Progress, Warn
 from loraport.spec.models import TrainSpec
 from loraport_native import features
 from loraport_native.cache import Store, cache_folder, key
-from loraport_native.features import LATENTS, TEXT, Picture
+from loraport_native.distributed import ALONE, Group
+from loraport_native.features import LATENTS, TEXT, Emit, Picture
 from loraport_native.models.checkpoint import Checkpoint, load_tokenizer
 from loraport_native.models.latents import PIXELS
 from loraport_native.models.text import tokenize
 from loraport_native.models.weights import Weights
+
+T = TypeVar("T")
 
 _PROBLEMS_TOLD = 10
 
@@ -65,12 +69,14 @@ def prepare(
     checkpoint: Checkpoint,
     device: torch.device | str,
     dtype: torch.dtype,
-    emit: Callable[[Event], None],
+    emit: Emit,
     extra_captions: Iterable[str] = (),
+    group: Group = ALONE,
 ) -> TrainingSet:
     """Read and check the dataset, and compute what the cache lacks: first all latents, then all text features.
 
-    A model is loaded only when something of its is missing, and is gone before the next one comes.
+    A model is loaded only when something of its is missing, and is gone before the next one comes. Each process of the
+    group computes its share of what is missing.
     `extra_captions` (prompts to draw) are encoded as they are. Raises DataError for what is wrong with images
     and captions (before any model is loaded, but for damaged pixels) and RunFolderError for a cache that cannot
     be written.
@@ -100,20 +106,29 @@ def prepare(
         sources.setdefault(caption, "a prompt")
     captions = {caption: text_key(caption) for caption in sources}
 
-    missing_pictures = {name: picture for name, picture in pictures.items() if not store.has(LATENTS, name)}
-    missing_captions = {name: text for text, name in captions.items() if not store.has(TEXT, name)}
+    def missing() -> tuple[dict[str, Picture], dict[str, str]]:
+        return (
+            {name: picture for name, picture in pictures.items() if not store.has(LATENTS, name)},
+            {name: text for text, name in captions.items() if not store.has(TEXT, name)},
+        )
+
+    missing_pictures, missing_captions = group.from_leader(missing)
     tokens = _count_tokens(missing_captions, sources, checkpoint, spec.dataset.max_text_tokens)
     expected = _expected_bytes(missing_pictures.values(), tokens, checkpoint, dtype)
 
     told = f"{len(missing_pictures)} of {len(pictures)} images to encode"
     told += f"; the cache will grow by about {_size(expected)}" if expected else ""
     emit(PhaseStarted(phase="cache", detail=told))
-    features.encode_images(missing_pictures, checkpoint, device, store, emit)
+    share, tell = _share(missing_pictures, group, emit)
+    features.encode_images(share, checkpoint, device, store, tell)
     emit(PhaseStarted(phase="cache", detail=f"{len(missing_captions)} of {len(captions)} captions to encode"))
-    features.encode_captions(missing_captions, checkpoint, spec.dataset.max_text_tokens, dtype, device, store, emit)
+    share_of_text, tell = _share(missing_captions, group, emit)
+    features.encode_captions(share_of_text, checkpoint, spec.dataset.max_text_tokens, dtype, device, store, tell)
+    group.wait()
 
     entries = [*((LATENTS, name) for name in pictures), *((TEXT, name) for name in captions.values())]
-    print(f"The cache holds {_size(store.size(entries))} for this dataset, in {store.root}", flush=True)
+    if group.leads:
+        print(f"The cache holds {_size(store.size(entries))} for this dataset, in {store.root}", flush=True)
     extra = {caption: captions[caption] for caption in extra_captions}
     return TrainingSet(store, samples, validation, captions[""], extra)
 
@@ -143,6 +158,17 @@ class _Entry:
     caption: str
     repeats: int = 1
     weight: float = 1.0
+
+
+def _share(missing: Mapping[str, T], group: Group, emit: Emit) -> tuple[dict[str, T], Emit]:
+    """This process's share, and an `emit` that tells its progress as that of all, which go at about the same pace."""
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Progress):
+            event = Progress(done=min(event.done * group.size, len(missing)), total=len(missing))
+        emit(event)
+
+    return dict(group.share(list(missing.items()))), tell
 
 
 def _entries(spec: TrainSpec, family: Family) -> tuple[list[_Entry], list[_Entry]]:

@@ -16,9 +16,24 @@ from loraport.spec.models import TrainSpec
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def choose_device(spec: TrainSpec) -> torch.device:
-    """`backend.options.device`, or the best there is: CUDA, then MPS, then the CPU. SpecError when it is not there."""
-    return find_device(spec.backend.options.get("device", "auto"), "backend.options.device")
+def choose_device(spec: TrainSpec, rank: int = 0) -> torch.device:
+    """`backend.options.device`, or the best there is: CUDA, then MPS, then the CPU; with `train.gpus` above 1, the CUDA
+    device of that rank. SpecError when it is not there."""
+    wanted = spec.backend.options.get("device", "auto")
+    if spec.train.gpus == 1 or wanted == "cpu":
+        return find_device(wanted, "backend.options.device")
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted not in ("auto", "cuda"):
+        raise SpecError(
+            f"backend.options.device: {wanted!r} is one device, and train.gpus is {spec.train.gpus}.",
+            hint="Set it to cuda, or leave it out; CUDA_VISIBLE_DEVICES chooses among the cards.",
+        )
+    if spec.train.gpus > cards:
+        raise SpecError(
+            f"train.gpus: {spec.train.gpus}, but CUDA GPUs on this machine that torch can use: {cards}.",
+            hint=f"Set train.gpus: {max(1, cards)}; train.gradient_accumulation makes up for the others.",
+        )
+    return torch.device("cuda", rank)
 
 
 def find_device(wanted: Any, asked_in: str) -> torch.device:

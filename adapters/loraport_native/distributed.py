@@ -9,17 +9,16 @@ hundred megabytes of gradients, milliseconds of a step over NVLink.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from loraport_native.ranks import PeerLost
+from loraport_native.ranks import PeerLost, Place
 
 T = TypeVar("T")
 
@@ -72,14 +71,13 @@ class Group:
         """Return when all processes have come here."""
         self.any(False)
 
-    def from_leader(self, value: T) -> T:
-        """The first process's value."""
-        if self.size == 1:
-            return value
-        values = [value]
-        with _peers():
-            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
-        return values[0]
+    def from_leader(self, compute: Callable[[], T]) -> T:
+        """What the first process computes, sent to all."""
+        values = [compute() if self.leads else None]
+        if self.size > 1:
+            with _peers():
+                dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return cast(T, values[0])
 
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -101,11 +99,10 @@ class Group:
 ALONE = Group()
 
 
-def join(rank: int, size: int, meeting_point: Path, device: torch.device) -> Group:
-    """Meet the other processes: all are given the same file, which does not exist before, on the same machine.
+def join(place: Place, size: int, device: torch.device) -> Group:
+    """Meet the other processes: NCCL between CUDA devices, gloo between CPUs and for what is decided on the CPU.
 
-    NCCL between CUDA devices, gloo between CPUs and for what is decided on the CPU. A file needs no port, which another
-    program may take, and which others on the network could reach.
+    They find each other by a file: a port might be taken meanwhile, and be reached from outside.
     """
     cuda = device.type == "cuda"
     if cuda:
@@ -113,13 +110,13 @@ def join(rank: int, size: int, meeting_point: Path, device: torch.device) -> Gro
     with _peers():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            init_method=f"file://{meeting_point}",
-            rank=rank,
+            init_method=f"file://{place.meeting_point}",
+            rank=place.rank,
             world_size=size,
             timeout=_PATIENCE,
             device_id=device if cuda else None,
         )
-    return Group(rank, size)
+    return Group(place.rank, size)
 
 
 @contextlib.contextmanager

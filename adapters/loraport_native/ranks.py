@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from loraport.errors import BackendError, Interrupted
 from loraport.run.errors_line import PREFIX, encode_error
@@ -34,18 +34,30 @@ class PeerLost(Exception):
     """The other processes of the run cannot be reached any more."""
 
 
+class Place(NamedTuple):
+    """Of one process among those of a run."""
+
+    rank: int
+    meeting_point: Path  #: the file by which they find each other
+
+    @classmethod
+    def read(cls, arguments: list[str]) -> Place:
+        rank, meeting_point = arguments
+        return cls(int(rank), Path(meeting_point))
+
+
 class _Rank:
     """One of the trainers. What it prints is passed on by whole lines, so that no two mix; its error line is kept."""
 
     _printing = threading.Lock()
 
-    def __init__(self, number: int, count: int, run_dir: Path, meeting_point: Path):
-        self.number = number
+    def __init__(self, run_dir: Path, place: Place, count: int):
+        self.number = place.rank
         self.told: str | None = None
         # The machine's cores are shared out, or each process would take all of them.
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "loraport_native.train", str(run_dir), str(number), str(meeting_point)],
+            [sys.executable, "-m", "loraport_native.train", str(run_dir), *map(str, place)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -93,7 +105,7 @@ def run_ranks(run_dir: Path, count: int) -> int:
     signal.signal(signal.SIGTERM, pass_on)
     with tempfile.TemporaryDirectory(prefix="loraport-") as folder:
         for number in range(count):
-            ranks.append(_Rank(number, count, run_dir, Path(folder) / "meeting-point"))
+            ranks.append(_Rank(run_dir, Place(number, Path(folder) / "meeting-point"), count))
         try:
             failed = _follow(ranks)
         finally:
@@ -135,8 +147,10 @@ def _explain(failed: list[tuple[_Rank, int]]) -> int:
 
 
 def end_as_rank(main: Callable[[], int]) -> NoReturn:
-    """End this process with what `main` returns, without the interpreter's shutdown: in it NCCL would wait for
-    processes that may be gone."""
+    """End this process with what `main` returns.
+
+    After a failure it skips the interpreter's shutdown, in which NCCL would wait for processes that may be gone.
+    """
     code = 1
     try:
         code = main()
@@ -146,7 +160,8 @@ def end_as_rank(main: Callable[[], int]) -> NoReturn:
         code = PEER_LOST
     except Exception:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if code in (0, Interrupted.exit_code):  # they have parted
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,5 +1,7 @@
 """The trainer's process: `python -m loraport_native.train RUN_DIR` trains the spec in that folder.
 
+With `train.gpus` above 1 it starts itself once for each GPU (see `ranks.py`), with a place as two more arguments.
+
 Events go to standard output (see `loraport.run.events`). SIGINT or SIGTERM once: write a checkpoint and exit with 130.
 A failure is told as one line of `loraport.run.errors_line`, and its exit code.
 """
@@ -20,8 +22,10 @@ from loraport.errors import Interrupted, LoraPortError, OutOfMemoryError, RunFol
 from loraport.run.errors_line import encode_error
 from loraport.run.events import Event, PhaseStarted, encode
 from loraport.spec.models import TrainSpec
+from loraport_native.ranks import Place, end_as_rank, run_ranks
 
 if TYPE_CHECKING:
+    from loraport_native.distributed import Group
     from loraport_native.trainer import Trainer
 
 #: Libraries whose first words are about parts of theirs that are not used here.
@@ -32,7 +36,7 @@ _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def main() -> int:
-    run_dir = Path(sys.argv[1])
+    run_dir, *place = sys.argv[1:]
     signal.signal(signal.SIGINT, _stop_before_training)
     signal.signal(signal.SIGTERM, _stop_before_training)
     # Libraries must not phone home or write beside the run; a hub id still downloads.
@@ -41,11 +45,10 @@ def main() -> int:
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        run(run_dir)
+        return run(Path(run_dir), Place.read(place) if place else None)
     except LoraPortError as error:
         print(encode_error(error), flush=True)
         return error.exit_code
-    return 0
 
 
 def _stop_before_training(number: int, frame: FrameType | None) -> None:
@@ -60,12 +63,16 @@ def emit(event: Event) -> None:
     print(encode(event), flush=True)
 
 
-def run(run_dir: Path) -> None:
-    """Train the run in `run_dir` to its end. Raises LoraPortError for everything a user can act on."""
-    emit(PhaseStarted(phase="load", detail="libraries"))
+def run(run_dir: Path, place: Place | None) -> int:
+    """Train the run in `run_dir` to its end, here or in processes of its own; their exit code. Raises LoraPortError for
+    everything a user can act on."""
     spec = TrainSpec.load(run_dir / "spec.yaml")
+    if place is None:
+        emit(PhaseStarted(phase="load", detail="libraries"))
+        if spec.train.gpus > 1:
+            return run_ranks(run_dir, spec.train.gpus)
     try:
-        _train(spec, run_dir)
+        _train(spec, run_dir, place)
     except MemoryError as error:
         raise _out_of_memory(spec, error) from error
     except RuntimeError as error:  # torch.OutOfMemoryError is one
@@ -74,12 +81,16 @@ def run(run_dir: Path) -> None:
         raise
     except OSError as error:
         raise RunFolderError(f"{error.filename or run_dir}: {error.strerror or error}.") from error
+    return 0
 
 
-def _train(spec: TrainSpec, run_dir: Path) -> None:
+def _train(spec: TrainSpec, run_dir: Path, place: Place | None) -> None:
+    from loraport_native.device import choose_device
+    from loraport_native.distributed import ALONE, join
     from loraport_native.trainer import Stopped
 
-    trainer = make_trainer(spec, run_dir, emit)
+    group = ALONE if place is None else join(place, spec.train.gpus, choose_device(spec, place.rank))
+    trainer = make_trainer(spec, run_dir, emit if group.leads else lambda event: None, group)
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
         trainer.stop_requested = True
@@ -89,10 +100,12 @@ def _train(spec: TrainSpec, run_dir: Path) -> None:
     try:
         trainer.fit()
     except Stopped as error:
+        group.leave()
         raise Interrupted(f"Stopped after step {trainer.step} of {spec.train.steps}.") from error
+    group.leave()
 
 
-def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None]) -> Trainer:
+def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None], group: Group | None = None) -> Trainer:
     """Everything up to the first step: the data prepared, the model loaded, the adapter in it."""
     import torch
 
@@ -100,22 +113,26 @@ def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None]) 
     from loraport_native.compile import compile_model
     from loraport_native.data import prepare
     from loraport_native.device import DTYPES, check_device, choose_device, limit_memory, make_deterministic
+    from loraport_native.distributed import ALONE
     from loraport_native.lora import inject
     from loraport_native.models.checkpoint import find_checkpoint
     from loraport_native.placement import load_placed, set_passes
     from loraport_native.sample import Sampler, check_sampling, is_guided
     from loraport_native.trainer import Trainer, derived_seed
 
-    device = choose_device(spec)
+    group = group or ALONE
+    device = choose_device(spec, group.rank)
     check_device(spec, device)
     limit_memory(spec, device)
     make_deterministic(spec)
     dtype = DTYPES[spec.model.dtype]
     family = plugins().families()[spec.model.family]
-    checkpoint = find_checkpoint(_checkpoint_name(spec, run_dir), spec.model.revision, unconditional=is_guided(spec))
+    with group.leader_first():  # it may download, or write the tiny checkpoint
+        name = _checkpoint_name(spec, run_dir)
+        checkpoint = find_checkpoint(name, spec.model.revision, unconditional=is_guided(spec))
     check_sampling(spec, checkpoint)
     prompts = spec.sample.prompts if spec.sample.every else []
-    data = prepare(spec, checkpoint, device, dtype, emit, extra_captions=prompts)
+    data = prepare(spec, checkpoint, device, dtype, emit, extra_captions=prompts, group=group)
 
     emit(PhaseStarted(phase="load", detail="transformer"))
     model, stream = load_placed(checkpoint, spec.memory, dtype, device)
@@ -129,7 +146,7 @@ def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None]) 
         torch.cuda.reset_peak_memory_stats()
 
     sampler = Sampler(spec, run_dir, checkpoint, model, data, emit)
-    return Trainer(spec, run_dir, model, adapter, data, emit, sampler.draw)
+    return Trainer(spec, run_dir, model, adapter, data, emit, sampler.draw, group)
 
 
 def _checkpoint_name(spec: TrainSpec, run_dir: Path) -> str:
@@ -161,4 +178,6 @@ def _out_of_memory(spec: TrainSpec, error: Exception) -> OutOfMemoryError:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        end_as_rank(main)
     sys.exit(main())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import ml_dtypes
@@ -17,21 +17,45 @@ _BLOCK_NUMBERS = 4_000_000
 _OVERSAMPLING, _ITERATIONS = 16, 2  # of the randomised range finder; see Halko, Martinsson and Tropp, 2011
 
 
-def whole(module: LoraModule) -> LoraModule:
+@dataclass(frozen=True)
+class Loss:
+    """What an approximation costs: `error` is ‖difference‖ before rounding, `norm` is ‖ΔW‖ (Frobenius)."""
+
+    error: float
+    norm: float
+
+    @property
+    def difference(self) -> float:
+        """The error relative to the change."""
+        return self.error / self.norm if self.norm else 0.0
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """A module that stands for another."""
+
+    module: LoraModule
+    loss: Loss
+
+
+def whole(module: LoraModule) -> Approximation:
     """The change itself, (out, in), in the dtype of the factors (bf16 for fp8 ones). Not for convolutions or DoRA."""
     _refuse_dora(module)
     out, columns = module.factors.shape
     product = module.factors.product()
     diff = np.empty((out, columns), _dtype(module))
     block = max(1, _BLOCK_NUMBERS // columns)
+    squares = 0.0
     for start in range(0, out, block):
         stop = min(start + block, out)
-        diff[start:stop] = module.scale * product(start, stop)
-    return LoraModule(module.name, Full(diff), 1.0)
+        part = module.scale * product(start, stop)
+        squares += float(np.sum(part**2))
+        diff[start:stop] = part
+    return Approximation(LoraModule(module.name, Full(diff), 1.0), Loss(0.0, math.sqrt(squares)))
 
 
-def truncated(module: LoraModule, rank: int) -> tuple[LoraModule, float, float]:
-    """The closest change of at most `rank`, with ‖difference‖ before rounding and ‖ΔW‖ (Frobenius).
+def truncated(module: LoraModule, rank: int) -> Approximation:
+    """The closest change of at most `rank`.
 
     A LoRA is decomposed through QR of its factors and never multiplied out; other kinds by randomised SVD over blocks
     of rows, with a fixed seed. A LoRA of no higher rank comes back as it is. Raises DataError for a DoRA, whose row
@@ -46,7 +70,7 @@ def truncated(module: LoraModule, rank: int) -> tuple[LoraModule, float, float]:
         u, sizes, vt = np.linalg.svd(left_r @ right_r.T, full_matrices=False)
         norm = abs(module.scale) * float(np.linalg.norm(sizes))
         if factors.rank <= rank:
-            return module, 0.0, norm
+            return Approximation(module, Loss(0.0, norm))
         u, vt = left_q @ u, vt @ right_q.T
     else:
         u, sizes, vt, norm = _randomised(module, rank)
@@ -60,7 +84,8 @@ def truncated(module: LoraModule, rank: int) -> tuple[LoraModule, float, float]:
     if isinstance(factors, LowRank):
         up = up.reshape(up.shape + factors.up.shape[2:])
         down = down.reshape((len(down), *factors.down.shape[1:]))
-    return replace(module, factors=LowRank(down.astype(dtype), up.astype(dtype)), scale=1.0), error, norm
+    low = LowRank(down.astype(dtype), up.astype(dtype))
+    return Approximation(replace(module, factors=low, scale=1.0), Loss(error, norm))
 
 
 def _randomised(module: LoraModule, rank: int) -> tuple[Float64, Float64, Float64, float]:

@@ -6,6 +6,7 @@ Nothing else of a command writes a LoRA. An input is never replaced, and until t
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -18,11 +19,11 @@ from loraport.files import atomic_path, write_atomic
 from loraport.lora.canonical import LoraFile, LoraModule
 from loraport.lora.dialect import WritableDialect
 from loraport.lora.lazy import LazyModules
-from loraport.lora.proof import Proof, prove
+from loraport.lora.proof import ModuleProof, Proof, prove
 from loraport.lora.stacked import NotExact
 from loraport.lora.storage import read_tensors
 from loraport.lora.streaming import replace_metadata
-from loraport_convert.approximation import truncated, whole
+from loraport_convert.approximation import Loss, truncated, whole
 from loraport_convert.reading import read_back
 
 Approximate = Literal["svd", "diff"]
@@ -34,7 +35,10 @@ _MACHINE_PATH = re.compile(r"(?:^|[\s\"'=:,\[(])(?:/(?!/)[^\s/\"']+/|~/|[A-Za-z]
 
 @dataclass(frozen=True)
 class Target:
-    """Where and how a LoRA is written. `dtype` None keeps each tensor's own; `rank` is that of an SVD."""
+    """Where and how a LoRA is written. `dtype` None keeps each tensor's own.
+
+    `approximate` is for modules that the format cannot hold, or for all with `every`; `rank` is that of an SVD.
+    """
 
     path: Path
     writer: WritableDialect
@@ -42,15 +46,18 @@ class Target:
     overwrite: bool = False
     approximate: Approximate | None = None
     rank: int = 64
+    every: bool = False
 
 
 @dataclass(frozen=True)
 class Published:
-    """A LoRA that is in its place. `approximated` modules differ by what the proof says of them."""
+    """A LoRA that is in its place. `approximated` modules differ by what the proof says of them; `norm` is that of
+    their changes by name."""
 
     path: Path
     proof: Proof
     approximated: tuple[str, ...]
+    norms: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
         return {"path": str(self.path), "approximated": list(self.approximated)} | self.proof.to_json()
@@ -85,8 +92,9 @@ def publish(source: LoraFile, target: Target, inputs: Collection[Path]) -> Publi
         room = " " * (400 + sum(len(name) + 30 for name in source.modules))
         lossy = _write(source, target, draft, metadata | {PROOF_KEY: room})
         proof = prove(source, read_back(target.writer, draft))
-        approximated = tuple(sorted(lossy & {module.name for module in proof.modules if not module.ok}))
-        published = Published(target.path, proof, approximated)
+        approximated = tuple(module.name for module in proof.modules if module.name in lossy and not module.ok)
+        norms = {name: each.norm for name, each in lossy.items()}
+        published = Published(target.path, proof, approximated, norms)
         if reason := _refusal(proof, lossy):
             raise DataError(
                 f"{target.path} was not written, because it would not mean what the source means: {reason}.",
@@ -109,9 +117,9 @@ def carried(metadata: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _write(source: LoraFile, target: Target, draft: Path, metadata: Mapping[str, str]) -> set[str]:
-    """Write the draft, and give the names of modules that were replaced by an approximation."""
-    lossy: set[str] = set()
+def _write(source: LoraFile, target: Target, draft: Path, metadata: Mapping[str, str]) -> dict[str, Loss]:
+    """Write the draft, and tell what was lost in which module."""
+    lossy: dict[str, Loss] = {}
     kinds: set[str] = set()
     while True:
         builders = {name: partial(_module, source, name, kinds, target, lossy) for name in source.modules}
@@ -119,29 +127,30 @@ def _write(source: LoraFile, target: Target, draft: Path, metadata: Mapping[str,
             target.writer.write(replace(source, modules=LazyModules(builders)), draft, target.dtype, metadata)
         except NotExact as error:
             kind = source.modules[error.module].factors.kind
-            if target.approximate is None:
-                raise DataError(
-                    error.message,
-                    hint="Give --approximate diff for the whole change (a large file), or --approximate svd for the "
-                    "closest LoRA of --rank N; the error is told.",
-                ) from error
-            if kind in kinds:
+            if target.approximate is None or kind in kinds:
                 raise
             kinds.add(kind)
         else:
             return lossy
 
 
-def _module(source: LoraFile, name: str, kinds: set[str], target: Target, lossy: set[str]) -> LoraModule:
+def _module(source: LoraFile, name: str, kinds: set[str], target: Target, lossy: dict[str, Loss]) -> LoraModule:
     module = source.modules[name]
-    if module.factors.kind not in kinds:
+    if not target.every and module.factors.kind not in kinds:
         return module
-    lossy.add(name)
-    return whole(module) if target.approximate == "diff" else truncated(module, target.rank)[0]
+    made = whole(module) if target.approximate == "diff" else truncated(module, target.rank)
+    lossy[name] = made.loss
+    return made.module
 
 
-def _refusal(proof: Proof, lossy: Collection[str]) -> str:
-    return replace(proof, modules=tuple(each for each in proof.modules if each.name not in lossy)).why
+def _refusal(proof: Proof, lossy: Mapping[str, Loss]) -> str:
+    """Why the draft is not what it should be: an approximation may be as far off as was computed, and no further."""
+    rest = [each for each in proof.modules if each.name not in lossy or _too_far(each, lossy[each.name])]
+    return replace(proof, modules=tuple(rest)).why
+
+
+def _too_far(module: ModuleProof, made: Loss) -> bool:
+    return module.difference > math.hypot(made.difference, module.tolerance) * 1.001 + 1e-6
 
 
 def _in_metadata(published: Published) -> str:

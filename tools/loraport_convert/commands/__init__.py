@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from loraport_convert.commands import convert, inspect, verify
+from loraport_convert.commands import convert, inspect, merge, resize, verify
 
 
 def add_commands(cli: typer.Typer) -> None:
-    for module in (convert, inspect, verify):
+    for module in (convert, inspect, merge, resize, verify):
         module.add_commands(cli)

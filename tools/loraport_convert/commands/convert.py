@@ -13,10 +13,10 @@ from loraport.errors import DataError
 from loraport_convert.commands.options import (
     Alpha,
     AssumeAlpha,
-    Dtype,
     DtypeOption,
     Overwrite,
     To,
+    dtype_of,
     scale_of,
     writer_named,
 )
@@ -82,7 +82,7 @@ def add_commands(cli: typer.Typer) -> None:
         failed = 0
         for source, place in jobs.items():
             try:
-                target = Target(place, writer, _dtype(dtype), overwrite, approximate, rank)
+                target = Target(place, writer, dtype_of(dtype), overwrite, approximate, rank)
                 check_target(target, sources)
                 found = read_lora(source, dialects, scale)
                 lora = found.lora if only is None else only_modules(found.lora, only)
@@ -100,10 +100,6 @@ def add_commands(cli: typer.Typer) -> None:
             typer.echo(json.dumps(rows if len(jobs) > 1 else rows[0], indent=2, ensure_ascii=False))
         if failed:
             raise DataError(f"{failed} of {len(jobs)} files were not converted; the others were.")
-
-
-def _dtype(dtype: Dtype) -> str | None:
-    return None if dtype == "keep" else dtype
 
 
 def _targets(files: list[Path], sources: list[Path], out: Path | None, to: str, folder: bool) -> dict[Path, Path]:

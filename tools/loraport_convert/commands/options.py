@@ -42,6 +42,10 @@ def scale_of(alpha: float | None, assume: str | None) -> Scale | None:
     return None if alpha is None and assume is None else Scale(alpha)
 
 
+def dtype_of(dtype: Dtype) -> str | None:
+    return None if dtype == "keep" else dtype
+
+
 def writer_named(name: str) -> WritableDialect:
     """A dialect that can be written. Raises DataError with the choices."""
     from loraport.lora.dialect import WritableDialect

@@ -1,4 +1,4 @@
-"""The DiffSynth-Studio plugin: backend and dialect. Neither torch nor DiffSynth is imported here."""
+"""The DiffSynth-Studio plugin: the backend. Neither torch nor DiffSynth is imported here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from loraport.backend import Backend, Readiness
     from loraport.envs import Recipe
     from loraport.importing import Imported
-    from loraport.lora.dialect import Dialect
     from loraport.planning import Context, Translation
     from loraport.run.events import Event
     from loraport.spec.models import TrainSpec
@@ -66,10 +65,3 @@ class DiffSynth:
 @hookimpl
 def register_backends(register: Callable[[Backend], None]) -> None:
     register(DiffSynth())
-
-
-@hookimpl
-def register_dialects(register: Callable[[Dialect], None]) -> None:
-    from loraport_diffsynth.dialect import DiffSynthDialect
-
-    register(DiffSynthDialect())

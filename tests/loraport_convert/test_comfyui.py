@@ -96,13 +96,15 @@ def test_a_file_changed_after_writing_is_caught(path, source, dtype, data):
         changed = [*rest, replace(module, name="elsewhere")]
     elif fault == "scale":
         # Twice the tolerance, since the rounding already in the file may point the other way.
-        changed = [replace(each, scale=each.scale * 1.02) if each is module else each for each in back.modules.values()]
+        changed = [
+            replace(each, scale=each.scale * 1.02) if each.name == name else each for each in back.modules.values()
+        ]
     else:
         field = data.draw(st.sampled_from(sorted(module.factors.arrays())))
         array = module.factors.arrays()[field].copy()
         array.flat[0] += array.dtype.type(1)
         changed = [
-            replace(each, factors=replace(each.factors, **{field: array})) if each is module else each
+            replace(each, factors=replace(each.factors, **{field: array})) if each.name == name else each
             for each in back.modules.values()
         ]
     assert not prove(source, lora(*changed)).ok

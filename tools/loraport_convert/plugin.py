@@ -16,10 +16,19 @@ if TYPE_CHECKING:
 @hookimpl
 def register_dialects(register: Callable[[Dialect], None]) -> None:
     from loraport_convert.comfyui import ComfyUI
-    from loraport_convert.peft import Peft
+    from loraport_convert.dialects.ai_toolkit import AiToolkit
+    from loraport_convert.dialects.bare import Bare
+    from loraport_convert.dialects.diffsynth import DiffSynth
+    from loraport_convert.dialects.diffusers import Diffusers
+    from loraport_convert.dialects.kohya import Kohya
+    from loraport_convert.dialects.lycoris import Lycoris
+    from loraport_convert.dialects.old_diffusers import OldDiffusers
+    from loraport_convert.dialects.onetrainer import OneTrainer
+    from loraport_convert.dialects.peft import Peft
 
-    register(ComfyUI())
-    register(Peft())
+    kinds = (ComfyUI, Peft, Diffusers, Kohya, Lycoris, AiToolkit, OneTrainer, DiffSynth, OldDiffusers, Bare)
+    for kind in kinds:
+        register(kind())
 
 
 @hookimpl

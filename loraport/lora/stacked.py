@@ -1,0 +1,109 @@
+"""Two more ways to hold a change: whole, and as rows from several adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import numpy as np
+
+from loraport.errors import DataError
+from loraport.lora.canonical import Array, Factors, Float64, Rows, exact
+
+
+class NotExact(DataError):
+    """A module that the asked file format cannot hold without loss. `module` is its name."""
+
+    def __init__(self, message: str, *, module: str, hint: str | None = None):
+        super().__init__(message, hint=hint)
+        self.module = module
+
+
+@dataclass(frozen=True, eq=False)
+class Full(Factors):
+    """The whole change: `diff` has the shape of the weight, (out, in[, kh, kw])."""
+
+    kind: ClassVar[str] = "full"
+    diff: Array
+
+    def problem(self) -> str | None:
+        return None if self.diff.ndim >= 2 else f"diff {self.diff.shape} is not (out, in[, kh, kw])"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.diff.shape[0], math.prod(self.diff.shape[1:])
+
+    @property
+    def rank(self) -> int | None:
+        return None
+
+    def product(self) -> Rows:
+        return lambda start, stop: exact(self.diff[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """An adapter of some rows of a module: `factors` times `scale` is added from row `start` on."""
+
+    start: int
+    factors: Factors
+    scale: float
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.factors.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked(Factors):
+    """Rows from several adapters, `rows` in all, zero where none has any: q, k and v in one module, where no single
+    kind of adapter holds the three without loss."""
+
+    kind: ClassVar[str] = "stacked"
+    rows: int
+    parts: tuple[Part, ...]
+
+    def arrays(self) -> dict[str, Array]:
+        """The parts' factors, as `0.w1`."""
+        return {
+            f"{number}.{name}": array
+            for number, part in enumerate(self.parts)
+            for name, array in part.factors.arrays().items()
+        }
+
+    def map(self, change: Callable[[str, Array], Array]) -> Self:
+        parts = []
+        for number, part in enumerate(self.parts):
+            fields = {name: change(f"{number}.{name}", array) for name, array in part.factors.arrays().items()}
+            parts.append(replace(part, factors=replace(part.factors, **fields)))
+        return replace(self, parts=tuple(parts))
+
+    def problem(self) -> str | None:
+        if len({part.factors.shape[1] for part in self.parts}) != 1:
+            return "its parts have different widths"
+        if any(part.start < 0 or part.stop > self.rows for part in self.parts):
+            return f"a part lies outside of its {self.rows} rows"
+        return next((problem for part in self.parts if (problem := part.factors.problem())), None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.parts[0].factors.shape[1]
+
+    @property
+    def rank(self) -> int | None:
+        return None
+
+    def product(self) -> Rows:
+        products = [(part, part.factors.product()) for part in self.parts]
+
+        def rows(start: int, stop: int) -> Float64:
+            total = np.zeros((stop - start, self.shape[1]))
+            for part, product in products:
+                low, high = max(start, part.start), min(stop, part.stop)
+                if low < high:
+                    total[low - start : high - start] += part.scale * product(low - part.start, high - part.start)
+            return total
+
+        return rows

@@ -1,0 +1,210 @@
+"""Reading a LoRA file of any dialect into the canonical form: the work all dialects share.
+
+Only the header is read at first. A module's tensors are read when it is asked for, so memory does not grow with the
+file; what the header can tell (a missing half, a scale told nowhere) is raised at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from loraport.errors import DataError
+from loraport.lora.canonical import Array, LoraFile, LoraModule, RowScale
+from loraport.lora.dialect import UnknownScale
+from loraport.lora.lazy import LazyModules
+from loraport.lora.proof import prove
+from loraport.lora.stacked import Part
+from loraport.lora.storage import Tensors, read_tensors
+from loraport_convert.codec import keys
+from loraport_convert.codec.header import factors_of, fields_of, measure
+from loraport_convert.codec.keys import MODEL, NAMED, Module
+from loraport_convert.codec.rows import cut, fuse
+from loraport_convert.codec.scale import Told
+from loraport_convert.families import ENCODERS, FAMILIES, ModuleMap
+from loraport_convert.families.detect import detect_family
+from loraport_convert.families.rules import Span, cuts
+
+FAMILY_KEY = "loraport.family"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One module of the file: its keys by field, and the scale where no alpha tensor tells it."""
+
+    module: Module
+    fields: Mapping[str, str]
+    shape: tuple[int, int]
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Rows `start` to `stop` of a source become those from `to` on of a module of `rows` rows."""
+
+    source: _Source
+    start: int
+    stop: int
+    to: int
+    rows: int
+
+    @property
+    def end(self) -> int:
+        return self.to + self.stop - self.start
+
+
+def decode(path: Path, told: Told, hint: str | None = None) -> LoraFile:
+    """The LoRA in a file, its modules under native names; `told` gives the scale of modules without an alpha tensor.
+
+    Where the family is not known, the names stay as they are in the file, without prefixes. Raises DataError when a
+    module is not whole, and UnknownScale, with `hint` on where the scale may be, when nothing tells it.
+    """
+    tensors = read_tensors(path)
+    sources, unread = _sources(tensors, told, hint)
+    family = _family(tensors.metadata, sources)
+    moves: dict[str, list[_Move]] = {}
+    for source in sources:
+        spans = _spans(family, source)
+        ranges = None if spans is None else cuts(spans, source.shape[0])
+        if spans is None or ranges is None:
+            unread.extend(source.fields.values())
+            continue
+        for span, (start, stop) in zip(spans, ranges, strict=True):
+            share, rest = divmod(stop - start, span.count)
+            if rest:
+                raise DataError(
+                    f"{path}: {source.module.name} has {stop - start} rows, which are not {span.count} equal parts."
+                )
+            move = _Move(source, start, stop, share * span.first, share * span.total)
+            moves.setdefault(span.module, []).append(move)
+    for name, several in moves.items():
+        if len({move.rows for move in several}) > 1 or len({move.source.shape[1] for move in several}) > 1:
+            shapes = ", ".join(f"{move.source.module.name} {move.source.shape}" for move in several)
+            raise DataError(f"{path}: the parts of {name} have sizes that do not fit together: {shapes}.")
+    builders = {name: partial(_build, name, several, tensors) for name, several in moves.items()}
+    return LoraFile(family.name if family else None, LazyModules(builders), tensors.metadata, tuple(unread))
+
+
+def _sources(tensors: Tensors, told: Told, hint: str | None) -> tuple[list[_Source], list[str]]:
+    modules, unread = keys.grouped(tensors)
+    shapes = tensors.shapes
+    sources: list[_Source] = []
+    silent: list[tuple[str, int]] = []
+    for prefixed, endings in modules.items():
+        fields, rest = fields_of(prefixed, endings, (*keys.MAGNITUDES, keys.DORA_SCALE), tensors.path)
+        unread.extend(rest)
+        if not fields:
+            continue
+        sizes = {field: shapes[key] for field, key in fields.items()}
+        shape, rank = measure(sizes, prefixed, tensors.path)
+        if "magnitude" in sizes and (sizes["magnitude"][:1] != shape[:1] or math.prod(sizes["magnitude"]) != shape[0]):
+            raise DataError(
+                f"{tensors.path}: LoRA module {prefixed} is a DoRA of shape {sizes['magnitude']}; only magnitudes by "
+                f"row, ({shape[0]},) or ({shape[0]}, 1), can be read."
+            )
+        module = keys.parse(prefixed)
+        scale = None
+        if "alpha" not in fields:
+            scale = 1.0 if rank is None else told(module, rank)
+            if scale is None and rank is not None:
+                silent.append((prefixed, rank))
+        sources.append(_Source(module, fields, shape, scale))
+    if silent:
+        ranks = ", ".join(map(str, sorted({rank for _, rank in silent})))
+        raise UnknownScale(
+            f"{tensors.path} does not tell its scale: {len(silent)} modules, such as {silent[0][0]}, of rank {ranks}, "
+            "have no alpha, and no metadata name one.",
+            hint=f"{hint + ' Or give' if hint else 'Give'} the alpha it was trained with (--alpha N), or say that it "
+            "was the rank (--assume-alpha rank).",
+        )
+    return sources, unread
+
+
+def _family(metadata: Mapping[str, str], sources: list[_Source]) -> ModuleMap | None:
+    if (told := metadata.get(FAMILY_KEY)) in FAMILIES:
+        return FAMILIES[told]
+    shapes = {(each.module.name, each.module.flat): each.shape for each in sources if each.module.part == MODEL}
+    if shapes:
+        return detect_family(shapes)
+    # Text encoders alone: two of CLIP are SDXL's, one is that of SD 1.5.
+    encoders = {source.module.part for source in sources}
+    return FAMILIES["sdxl" if "te2" in encoders else "sd15"] if encoders <= {"te1", "te2"} else None
+
+
+def _spans(family: ModuleMap | None, source: _Source) -> tuple[Span, ...] | None:
+    module = source.module
+    if module.part == NAMED:
+        return (Span(module.name, 0, 1, 1),)
+    if module.part == MODEL:
+        return family.native(module.name, source.shape, module.flat) if family else (Span(module.name, 0, 1, 1),)
+    encoder = _text_encoder(family, module)
+    return None if encoder is None else (Span(encoder, 0, 1, 1),)
+
+
+def _text_encoder(family: ModuleMap | None, module: Module) -> str | None:
+    """The canonical name of a text encoder's module, None where the family has no such encoder."""
+    if family is None or not family.encoders:
+        return None
+    number = int(module.part.removeprefix("te"))
+    # FLUX.1 has two encoders, and sd-scripts calls the second the third.
+    encoder = family.encoders[min(number, len(family.encoders)) - 1]
+    spans = ENCODERS["t5" if encoder.startswith("t5") else "clip"].native(module.name, None, module.flat)
+    return None if spans is None else f"{keys.TEXT_ENCODERS}{encoder}.transformer.{spans[0].module}"
+
+
+def _build(name: str, moves: list[_Move], tensors: Tensors) -> LoraModule:
+    first, *others = [_fused(name, several, tensors) for several in _readings(moves)]
+    for other in others:
+        if not prove(LoraFile(None, {name: first}), LoraFile(None, {name: other})).ok:
+            raise DataError(
+                f"{tensors.path} holds the module {name} under two names, and the two say different things: "
+                f"{', '.join(move.source.module.name for move in moves)}.",
+                hint="Loaders disagree about such a file: some apply one, some both. Take out those not meant.",
+            )
+    return first
+
+
+def _readings(moves: list[_Move]) -> list[list[_Move]]:
+    """The moves, apart where they give the same rows twice: some files hold both `qkv` and `to_q`, for any loader."""
+    readings: list[list[_Move]] = []
+    for move in sorted(moves, key=lambda each: each.start - each.stop):
+        fitting = (one for one in readings if all(each.end <= move.to or move.end <= each.to for each in one))
+        if (reading := next(fitting, None)) is None:
+            readings.append([move])
+        else:
+            reading.append(move)
+    return [sorted(reading, key=lambda each: each.to) for reading in readings]
+
+
+def _fused(name: str, moves: list[_Move], tensors: Tensors) -> LoraModule:
+    parts: list[Part] = []
+    magnitudes: list[Array] = []
+    for move in moves:
+        arrays = {field: tensors[key] for field, key in move.source.fields.items()}
+        magnitude = arrays.pop("magnitude", None)
+        factors, scale = factors_of(arrays), move.source.scale
+        if scale is None:
+            scale = float(arrays["alpha"].reshape(())) / factors.rank if factors.rank else 1.0
+        # Its own check first, so that an error names the module of the file.
+        LoraModule(move.source.module.name, factors, scale)
+        parts += cut(Part(0, factors, scale), move.start, move.stop, move.to)
+        if magnitude is not None:
+            magnitudes.append(magnitude.reshape(-1)[move.start : move.stop])
+    fused, scale = fuse(parts, moves[0].rows)
+    return LoraModule(name, fused, scale, _dora(name, magnitudes, moves))
+
+
+def _dora(name: str, magnitudes: list[Array], moves: list[_Move]) -> RowScale | None:
+    if not magnitudes:
+        return None
+    if len(magnitudes) < len(moves) or sum(map(len, magnitudes)) != moves[0].rows:
+        raise DataError(
+            f"LoRA module {name} is a DoRA in some of its rows only, which no file for ComfyUI can hold.",
+            hint="Train q, k and v alike.",
+        )
+    return RowScale(np.concatenate(magnitudes))

@@ -1,0 +1,63 @@
+"""The tensors of one module as most formats write them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loraport.lora.canonical import Array, LoHa, LoKr, LoraModule, LowRank
+from loraport.lora.stacked import Full, NotExact
+from loraport_convert.codec import keys
+from loraport_convert.dtypes import cast
+
+_LETTERS = {"loha": "hada", "lokr": "lokr"}
+
+
+def narrow(module: LoraModule, dtype: str | None) -> dict[str, Array]:
+    """The factors of a module in `dtype`, or each in its own."""
+    arrays = module.factors.arrays()
+    if dtype is None:
+        return arrays
+    return {name: cast(array, dtype, f"LoRA module {module.name}: {name}") for name, array in arrays.items()}
+
+
+def low_rank_tensors(module: LoraModule, dtype: str | None, up: str, down: str) -> dict[str, Array]:
+    """A LoRA's factors under the endings `up` and `down`, and its alpha; nothing for another kind."""
+    if not isinstance(module.factors, LowRank):
+        return {}
+    arrays = narrow(module, dtype)
+    return {up: arrays["up"], down: arrays["down"], keys.ALPHA: alpha(module, module.factors.rank)}
+
+
+def lycoris_tensors(module: LoraModule, dtype: str | None, format: str) -> dict[str, Array]:
+    """LoHa, LoKr and whole differences as LyCORIS writes them.
+
+    Raises NotExact, naming `format`, for rows of several adapters.
+    """
+    factors = module.factors
+    if isinstance(factors, Full):
+        diff = narrow(module, dtype)["diff"]
+        return {keys.DIFF: diff if module.scale == 1.0 else _folded(module, "diff", diff)}
+    if not isinstance(factors, LoHa | LoKr):
+        raise NotExact(
+            f"LoRA module {module.name} is made of several adapters, which {format} cannot hold as one.",
+            module=module.name,
+            hint="Choose how to come near it: --approximate svd, or --approximate diff for a large and exact file.",
+        )
+    tensors = {f".{_LETTERS[factors.kind]}_{name}": array for name, array in narrow(module, dtype).items()}
+    if factors.rank is not None:
+        tensors[keys.ALPHA] = alpha(module, factors.rank)
+    elif module.scale != 1.0:
+        # The smaller side of a Kronecker product, because fp32 costs little there.
+        name, smaller = min(factors.arrays().items(), key=lambda item: item[1].size)
+        tensors[f".lokr_{name}"] = _folded(module, name, smaller)
+    return tensors
+
+
+def alpha(module: LoraModule, rank: int) -> Array:
+    """alpha = scale · rank, in fp32."""
+    return cast(np.array(module.scale * rank), "fp32", f"LoRA module {module.name}: alpha")
+
+
+def _folded(module: LoraModule, name: str, array: Array) -> Array:
+    """The array times the module's scale, in fp32 so that no scale is rounded twice."""
+    return cast(module.scale * array.astype(np.float64), "fp32", f"LoRA module {module.name}: {name}")

@@ -1,0 +1,82 @@
+"""What a file's header alone tells about a module: its keys, kind, size and rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from loraport.errors import DataError
+from loraport.lora.canonical import Array, Factors, LoHa, LoKr, LowRank
+from loraport.lora.stacked import Full
+from loraport_convert.codec import keys
+
+
+def fields_of(
+    prefixed: str, endings: Mapping[str, str], magnitudes: Sequence[str], path: Path
+) -> tuple[dict[str, str], list[str]]:
+    """Field → key of one module, and the keys that belong to another kind of adapter than the one read.
+
+    Of several kinds under one name it is the one that ComfyUI applies. `magnitudes` are the endings that mean a DoRA.
+    Raises DataError when a half is missing, or for a kind that LoraPort does not know.
+    """
+    for ending in keys.UNSUPPORTED:
+        if ending in endings:
+            raise DataError(f"{path}: {endings[ending]} is of a kind that LoraPort cannot read.")
+    found = _kind(endings)
+    if not found:
+        return {}, list(endings.values())
+    missing = [prefixed + end for end in found.values() if end not in endings]
+    if missing:
+        raise DataError(f"{path}: LoRA module {prefixed} is not whole: {', '.join(missing)} is missing.")
+    if "diff" not in found:
+        if keys.ALPHA in endings:
+            found["alpha"] = keys.ALPHA
+        if magnitude := next((end for end in magnitudes if end in endings), None):
+            found["magnitude"] = magnitude
+    used = set(found.values())
+    rest = [key for end, key in endings.items() if end not in used]
+    return {field: endings[end] for field, end in found.items()}, rest
+
+
+def _kind(endings: Mapping[str, str]) -> dict[str, str]:
+    """Field → ending of the factors."""
+    if keys.DIFF in endings:
+        return {"diff": keys.DIFF}
+    if lokr := {f"lokr.{name}": end for end, name in keys.LOKR.items() if end in endings}:
+        return lokr
+    if any(end in endings for end in keys.LOHA):
+        return {f"loha.{name}": end for end, name in keys.LOHA.items()}
+    pairs = (pair for pair in keys.LOW_RANK if pair[0] in endings or pair[1] in endings)
+    return next(({"up": up, "down": down} for up, down in pairs), {})
+
+
+def measure(shapes: Mapping[str, tuple[int, ...]], name: str, path: Path) -> tuple[tuple[int, int], int | None]:
+    """((rows, columns), rank) of a module, from the shapes of its tensors by field.
+
+    Raises DataError when they do not fit together.
+    """
+    # Arrays of the right shape that take no memory: the canonical classes know the rules.
+    factors = factors_of({field: np.broadcast_to(np.float32(0), shape) for field, shape in shapes.items()})
+    problem = factors.problem()
+    if problem is not None:
+        raise DataError(
+            f"{path}: LoRA module {name}: {problem}.", hint="The file is damaged: copy or download it again."
+        )
+    if 0 in factors.shape or factors.rank == 0:
+        raise DataError(f"{path}: LoRA module {name} is empty: {factors.shape}, rank {factors.rank}.")
+    if "alpha" in shapes and math.prod(shapes["alpha"]) != 1:
+        raise DataError(f"{path}: {name}: alpha must be one number, not {shapes['alpha']}.")
+    return factors.shape, factors.rank
+
+
+def factors_of(arrays: Mapping[str, Array]) -> Factors:
+    """The factors that the fields of one module make. Raises DataError where a field is of another kind."""
+    if "diff" in arrays:
+        return Full(arrays["diff"])
+    if "up" in arrays:
+        return LowRank(down=arrays["down"], up=arrays["up"])
+    named = {field.partition(".")[2]: array for field, array in arrays.items() if "." in field}
+    return LoKr(**named) if any(field.startswith("lokr.") for field in arrays) else LoHa(**named)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraport.profiles import Profile
+
+
+#: The least compute capability (major, minor) that multiplies in 8-bit floats.
+FP8_CAPABILITY = (8, 9)
+#: A card tells less memory than it is sold with: up to a sixteenth goes to error correction, and some to itself.
+_REPORTED = 0.93
 
 
 @dataclass(frozen=True)
@@ -35,16 +41,27 @@ def cards() -> list[Card]:
 
 
 def profile_for(card_gib: float, profiles: Mapping[tuple[str, str], Profile]) -> Profile | None:
-    """The hardware profile for the largest card that is not larger than this one; None when all are larger.
-
-    Memory is rounded to whole GiB: a "24 GB" card reports 23.99.
-    """
+    """The hardware profile for the largest card that is not larger than this one; None when all are larger."""
     fitting = [
         (profile.card_gib, profile.name)
         for (kind, _), profile in profiles.items()
-        if kind == "hardware" and profile.card_gib is not None and profile.card_gib <= round(card_gib)
+        if kind == "hardware" and profile.card_gib is not None and profile.card_gib * _REPORTED <= card_gib
     ]
     return profiles["hardware", max(fitting)[1]] if fitting else None
+
+
+def settings_for(card: Card, profiles: Mapping[tuple[str, str], Profile]) -> tuple[Profile, dict[str, Any]] | None:
+    """The hardware profile for a card, and what it sets there: int8 storage where the profile computes in fp8 and the
+    card cannot, which takes the same memory. None when the card is smaller than that of every profile."""
+    profile = profile_for(card.memory_gib, profiles)
+    if profile is None:
+        return None
+    quantized = profiles.get(("quantize", profile.sets.get("quantize", "")))
+    computes = (profile.sets | (quantized.sets if quantized else {})).get("compute")
+    if computes != "fp8" or card.compute_capability >= FP8_CAPABILITY:
+        return profile, dict(profile.sets)
+    kept = {name: value for name, value in profile.sets.items() if name not in ("quantize", "storage", "compute")}
+    return profile, {"storage": "int8", "compute": "model", **kept}
 
 
 def _card(index: int) -> Card | None:

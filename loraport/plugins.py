@@ -62,7 +62,12 @@ class Plugins:
         return found[name]
 
     def profiles(self) -> dict[tuple[str, str], Profile]:
-        return self._named("register_profiles", key=lambda profile: (profile.kind, profile.name))
+        """The plugins' profiles, and the user's from `$LORAPORT_HOME/profiles`. SpecError for a broken one."""
+        from loraport.envs import home
+        from loraport.profiles import user_profiles
+
+        found = self._named("register_profiles", key=lambda profile: (profile.kind, profile.name))
+        return found | user_profiles(home() / "profiles", found)
 
     def dialects(self) -> dict[str, Dialect]:
         return self._named("register_dialects")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from loraport.errors import SpecError, unknown
@@ -51,6 +52,8 @@ class Profile:
     def __post_init__(self) -> None:
         if self.kind not in get_args(ProfileKind):
             raise ValueError(unknown("Profile kind", self.kind, get_args(ProfileKind)))
+        if self.kind == "hardware" and self.name == AUTO:
+            raise ValueError(f"{AUTO} is no name for a hardware profile: it stands for the one of this machine's card")
         settable = {"hardware": set(DEFAULTS), "quantize": set(QUANTIZED)}.get(self.kind, set())
         for name in self.sets:
             if name not in settable:
@@ -58,6 +61,9 @@ class Profile:
         if self.kind == "quantize" and set(self.sets) != set(QUANTIZED):
             raise ValueError(f"the quantize profile {self.name} must set {' and '.join(QUANTIZED)}")
 
+
+#: What `memory.profile` says to have the profile of this machine's card.
+AUTO = "auto"
 
 #: What a quantisation profile sets: how frozen weights are stored, and what their products are computed in.
 QUANTIZED = ("storage", "compute")
@@ -78,13 +84,13 @@ def resolve_memory(spec: TrainSpec, profiles: Mapping[tuple[str, str], Profile])
     """The spec with every field of `memory` filled in: its own value, else its profile's, else the default.
 
     `quantize` becomes the name of the profile with the storage and compute there are, or stays empty when none has
-    them. Raises SpecError for a profile, quantisation, offload or compile name that is not registered, and for a
-    quantisation whose storage or compute is contradicted beside it.
+    them; the profile `auto` becomes the one for this machine's card. Raises SpecError for a profile, quantisation,
+    offload or compile name that is not registered, and for a quantisation whose storage or compute is contradicted
+    beside it.
     """
     from loraport.spec.models import MemorySection
 
-    name = spec.memory.profile
-    preset = {} if name is None else _find(profiles, "hardware", "memory.profile", name).sets
+    name, preset = _preset(spec, profiles)
     own = {field: value for field in DEFAULTS if (value := getattr(spec.memory, field)) is not None}
     filled = (
         DEFAULTS
@@ -95,6 +101,15 @@ def resolve_memory(spec: TrainSpec, profiles: Mapping[tuple[str, str], Profile])
         _find(profiles, kind, f"memory.{kind}", filled[kind])
     filled["quantize"] = _quantize_name(filled, profiles)
     return spec.model_copy(update={"memory": MemorySection(profile=name, **filled)})
+
+
+def _preset(spec: TrainSpec, profiles: Mapping[tuple[str, str], Profile]) -> tuple[str | None, Mapping[str, Any]]:
+    name = spec.memory.profile
+    if name is None:
+        return None, {}
+    if name == AUTO:
+        return _preset_of_this_machine(spec.train.gpus, profiles)
+    return name, _find(profiles, "hardware", "memory.profile", name).sets
 
 
 def _with_quantized(
@@ -123,17 +138,112 @@ def _quantize_name(filled: Mapping[str, Any], profiles: Mapping[tuple[str, str],
 
 def _find(profiles: Mapping[tuple[str, str], Profile], kind: str, where: str, name: str) -> Profile:
     if (kind, name) not in profiles:
-        raise SpecError(unknown(f"{where}:", name, [known for of, known in profiles if of == kind]))
+        known = [known for of, known in profiles if of == kind]
+        raise SpecError(unknown(f"{where}:", name, [*known, AUTO] if kind == "hardware" else known))
     return profiles[(kind, name)]
 
 
-def read_profiles(root: Traversable) -> list[Profile]:
-    """The profiles under a folder with one subfolder a kind and one YAML file a profile, named by its file."""
-    import yaml
+def _preset_of_this_machine(
+    gpus: int, profiles: Mapping[tuple[str, str], Profile]
+) -> tuple[str | None, Mapping[str, Any]]:
+    """The name and the settings of the hardware profile for the smallest of the first `gpus` cards."""
+    from loraport.gpu import cards, settings_for
 
+    choices = ", ".join(name for kind, name in profiles if kind == "hardware")
+    found = cards()[:gpus]
+    if not found:
+        raise SpecError(
+            "memory.profile: auto reads the card, and this machine has no NVIDIA card that can be asked.",
+            hint=f"Name a profile instead: {choices}.",
+        )
+    card = min(found, key=lambda card: card.memory_gib)
+    chosen = settings_for(card, profiles)
+    if chosen is None:
+        raise SpecError(
+            f"memory.profile: auto: {card.name} ({card.memory_gib:.1f} GiB) is smaller than the card of every profile.",
+            hint=f"Name a profile instead: {choices}.",
+        )
+    profile, settings = chosen
+    return profile.name, settings
+
+
+def read_profiles(root: Traversable) -> list[Profile]:
+    """The profiles under a folder with one subfolder a kind and one YAML file a profile, named by its file.
+
+    Raises SpecError with the file and the key where one is not a profile.
+    """
     found = []
+    for folder in sorted(root.iterdir(), key=lambda each: each.name):
+        if folder.is_dir() and not folder.name.startswith((".", "__")) and folder.name not in get_args(ProfileKind):
+            raise SpecError(
+                unknown(f"{root}: a folder of profiles is named after a kind;", folder.name, get_args(ProfileKind))
+            )
     for kind in get_args(ProfileKind):
-        for file in sorted((root / kind).iterdir(), key=lambda file: file.name):
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            found.append(Profile(kind=kind, name=file.name.removesuffix(".yaml"), **content))
+        if (root / kind).is_dir():
+            files = sorted((root / kind).iterdir(), key=lambda file: file.name)
+            found += [_read_profile(kind, file) for file in files if file.name.endswith((".yaml", ".yml"))]
     return found
+
+
+def user_profiles(folder: Path, known: Mapping[tuple[str, str], Profile]) -> dict[tuple[str, str], Profile]:
+    """The user's own profiles, under a folder as `read_profiles` describes it; none when it is not there.
+
+    A name that is taken is an error and no replacement, so that a profile's name means the same everywhere. Raises
+    SpecError for that, for a broken file, and for a hardware profile that names a profile which is nowhere.
+    """
+    if not folder.is_dir():
+        return {}
+    found: dict[tuple[str, str], Profile] = {(each.kind, each.name): each for each in read_profiles(folder)}
+    for (kind, name), profile in found.items():
+        file = folder / kind / f"{name}.yaml"
+        if (kind, name) in known:
+            raise SpecError(f"{file}: there is a {kind} profile {name} already.", hint="Give the file another name.")
+        for field_name in ("quantize", "offload", "compile"):
+            if field_name in profile.sets:
+                _find(dict(known) | found, field_name, f"{file}: sets.{field_name}", profile.sets[field_name])
+    return found
+
+
+def _read_profile(kind: ProfileKind, file: Traversable) -> Profile:
+    from loraport.spec.yaml_text import parse_yaml
+
+    try:
+        content = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise SpecError(f"{file}: a profile is a mapping of description, sets and card_gib.")
+    for key, value in content.items():
+        if key not in _KEYS:
+            raise SpecError(unknown(f"{file}:", key, _KEYS))
+        if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
+            raise SpecError(f"{file}: {key}: {_TYPES[_KEYS[key]]} belongs here, not {value!r}.")
+    if "description" not in content:
+        raise SpecError(f"{file}: description: needed, but not there.")
+    name = file.name.rsplit(".", 1)[0]
+    try:
+        return Profile(kind, name, content["description"], _sets(content, file), content.get("card_gib"))
+    except ValueError as error:
+        raise error if isinstance(error, SpecError) else SpecError(f"{file}: {error}.") from error
+
+
+def _sets(content: Mapping[str, Any], file: Traversable) -> dict[str, Any]:
+    from pydantic import ValidationError
+
+    from loraport.spec.models import MemorySection
+
+    sets = content.get("sets", {})
+    for name in sets:
+        if name not in DEFAULTS:
+            raise SpecError(unknown(f"{file}: sets:", name, DEFAULTS))
+    try:
+        return MemorySection(**sets).model_dump(exclude_none=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        told = f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
+        raise SpecError(f"{file}: sets.{problem['loc'][0]}: {told} (got {problem['input']!r}).") from error
+
+
+#: The keys of a profile's file, and what their values are.
+_KEYS: dict[str, type] = {"description": str, "sets": dict, "card_gib": int}
+_TYPES = {str: "text", dict: "a mapping", int: "a whole number"}

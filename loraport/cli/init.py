@@ -216,12 +216,16 @@ def _resolution(areas: list[int]) -> int:
 
 
 def _profile(card: Card | None) -> tuple[str | None, str]:
-    from loraport.gpu import profile_for
+    from loraport.gpu import settings_for
     from loraport.plugins import plugins
+    from loraport.profiles import AUTO
 
     if card is None:
         return None, "No NVIDIA card was found on this machine."
-    profile = profile_for(card.memory_gib, plugins().profiles())
-    if profile is None:
+    chosen = settings_for(card, plugins().profiles())
+    if chosen is None:
         return None, f"{card.name} ({card.memory_gib:.0f} GiB) is smaller than the card of every profile."
+    profile, settings = chosen
+    if settings != profile.sets:
+        return AUTO, f"For {card.name}: {profile.name}, in int8 as the card computes in no 8-bit floats."
     return profile.name, f"For {card.name} ({card.memory_gib:.0f} GiB)."

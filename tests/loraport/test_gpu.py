@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from loraport.gpu import Card, cards, profile_for
+from loraport.gpu import Card, cards, profile_for, settings_for
 from loraport.profiles import Profile
 
 PROFILES = {
@@ -50,7 +50,9 @@ def test_cards_are_told_as_the_driver_tells_them(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("gib", "expected"), [(11.99, "12gb"), (16, "12gb"), (23.99, "24gb"), (79.2, "24gb"), (139.8, "80gb")]
+    ("gib", "expected"),
+    # An A10's 24 GB and an H100's 80, less what they keep for error correction and themselves.
+    [(11.99, "12gb"), (16, "12gb"), (22.49, "24gb"), (23.99, "24gb"), (70, "24gb"), (79.65, "80gb"), (139.8, "80gb")],
 )
 def test_the_profile_is_the_largest_that_fits(gib: float, expected: str) -> None:
     profile = profile_for(gib, PROFILES)
@@ -61,6 +63,26 @@ def test_the_profile_is_the_largest_that_fits(gib: float, expected: str) -> None
 def test_a_card_smaller_than_every_profile_has_none() -> None:
     assert profile_for(8, PROFILES) is None
     assert profile_for(8, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "sets"),
+    [
+        ((9, 0), {"quantize": "fp8-dynamic", "compile": "regional"}),
+        ((8, 9), {"quantize": "fp8-dynamic", "compile": "regional"}),
+        ((8, 6), {"storage": "int8", "compute": "model", "compile": "regional"}),
+    ],
+)
+def test_a_card_that_computes_in_no_fp8_stores_int8_instead(capability: tuple[int, int], sets: dict[str, str]) -> None:
+    profiles: dict[tuple[str, str], Profile] = {
+        ("quantize", "fp8-dynamic"): Profile("quantize", "fp8-dynamic", "", {"storage": "fp8", "compute": "fp8"}),
+        ("hardware", "24gb"): Profile(
+            "hardware", "24gb", "", {"quantize": "fp8-dynamic", "compile": "regional"}, card_gib=24
+        ),
+    }
+    chosen = settings_for(Card("A card", 23.99, capability), profiles)
+    assert chosen == (profiles["hardware", "24gb"], sets)
+    assert settings_for(Card("A card", 8, capability), profiles) is None
 
 
 def test_asking_this_machine_does_not_fail() -> None:

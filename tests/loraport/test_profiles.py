@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from loraport.errors import SpecError
+from loraport.gpu import Card
 from loraport.plugins import plugins
 from loraport.profiles import DEFAULTS, QUANTIZED, Profile, read_profiles, resolve_memory
 from loraport.spec.models import MemorySection, TrainSpec
@@ -104,6 +105,109 @@ def test_every_built_in_profile_is_whole(profile: Profile) -> None:
         resolved(profile=profile.name)
     else:
         resolved(**{profile.kind: profile.name})
+
+
+CARDS = {
+    "4090": Card("RTX 4090", 23.99, (8, 9)),
+    "3090": Card("RTX 3090", 23.99, (8, 6)),
+    "small": Card("GT 1030", 2.0, (6, 1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("cards", "gpus", "expected"),
+    [
+        (["4090"], 1, ("24gb", "fp8-dynamic", "fp8")),
+        (["3090"], 1, ("24gb", "int8", "model")),
+        (["4090", "3090"], 1, ("24gb", "fp8-dynamic", "fp8")),
+        (["4090", "small"], 1, ("24gb", "fp8-dynamic", "fp8")),
+    ],
+)
+def test_auto_takes_the_profile_of_the_card_and_says_which(
+    monkeypatch: pytest.MonkeyPatch, cards: list[str], gpus: int, expected: tuple[str, str, str]
+) -> None:
+    monkeypatch.setattr("loraport.gpu.cards", lambda: [CARDS[name] for name in cards])
+    found = resolved(profile="auto")
+    assert (found.profile, found.quantize, found.compute) == expected
+    monkeypatch.setattr("loraport.gpu.cards", list)
+    assert resolved(**found.model_dump()) == found
+
+
+def test_auto_lets_the_spec_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraport.gpu.cards", lambda: [CARDS["3090"]])
+    found = resolved(profile="auto", quantize="nf4", gradient_checkpointing="none")
+    assert (found.quantize, found.compute, found.gradient_checkpointing) == ("nf4", "model", "none")
+
+
+@pytest.mark.parametrize(
+    ("cards", "says"),
+    [([], "this machine has no NVIDIA card"), (["small"], r"GT 1030 \(2\.0 GiB\) is smaller than the card of every")],
+)
+def test_auto_without_a_card_for_it_names_the_choices(
+    monkeypatch: pytest.MonkeyPatch, cards: list[str], says: str
+) -> None:
+    monkeypatch.setattr("loraport.gpu.cards", lambda: [CARDS[name] for name in cards])
+    with pytest.raises(SpecError, match=says) as caught:
+        resolved(profile="auto")
+    assert "Name a profile instead: 12gb, 16gb" in str(caught.value)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's folder of profiles, empty."""
+    monkeypatch.setenv("LORAPORT_HOME", str(tmp_path))
+    for kind in ("hardware", "quantize", "offload", "compile"):
+        (tmp_path / "profiles" / kind).mkdir(parents=True)
+    return tmp_path / "profiles"
+
+
+def test_the_users_own_profiles_are_there_beside_the_built_in_ones(home: Path) -> None:
+    text = "description: Mine\ncard_gib: 10\nsets: {quantize: mine, offload: group, gradient_checkpointing: true}\n"
+    (home / "hardware" / "laptop.yaml").write_text(text)
+    (home / "quantize" / "mine.yml").write_text("description: Mine\nsets: {storage: nf4, compute: fp8}\n")
+    (home / "hardware" / "notes.txt").write_text("not a profile")
+    found = plugins().profiles()
+    assert set(found) - set(BUILT_IN) == {("hardware", "laptop"), ("quantize", "mine")}
+    spec = TrainSpec.model_validate(
+        {"name": "a", "model": {"checkpoint": "tiny"}, "dataset": {"path": "/a"}, "memory": {"profile": "laptop"}}
+    )
+    memory = resolve_memory(spec, found).memory
+    assert (memory.quantize, memory.compute, memory.offload) == ("mine", "fp8", "group")
+    assert memory.gradient_checkpointing == "full"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("hardware/a.yaml", "description: [", "a.yaml: line 1, column 15 is not valid YAML"),
+        ("hardware/a.yaml", "- 1", "a.yaml: a profile is a mapping"),
+        ("hardware/a.yaml", "card_gib: 8", "a.yaml: description: needed"),
+        ("hardware/a.yaml", "{description: A, card: 8}", "a.yaml: 'card' is not known. Did you mean 'card_gib'?"),
+        ("hardware/a.yaml", "{description: A, card_gib: 8 GB}", "a.yaml: card_gib: a whole number belongs here"),
+        ("hardware/a.yaml", "{description: A, sets: {storage: nf5}}", "a.yaml: sets.storage: input should be"),
+        ("hardware/a.yaml", "{description: A, sets: {quantise: nf4}}", "Did you mean 'quantize'?"),
+        ("hardware/a.yaml", "{description: A, sets: {quantize: nf5}}", "a.yaml: sets.quantize: 'nf5' is not known."),
+        ("hardware/a.yaml", "{description: A, sets: {offload: swap}}", "a.yaml: sets.offload: 'swap' is not known."),
+        ("hardware/12gb.yaml", "{description: A}", "12gb.yaml: there is a hardware profile 12gb already"),
+        ("hardware/auto.yaml", "{description: A}", "auto.yaml: auto is no name for a hardware profile"),
+        ("quantize/a.yaml", "{description: A, sets: {storage: nf4}}", "a.yaml: the quantize profile a must set"),
+        (
+            "offload/a.yaml",
+            "{description: A, sets: {storage: nf4}}",
+            "a.yaml: the offload profile a sets memory.storage",
+        ),
+        ("quantization/a.yaml", "{description: A}", "'quantization' is not known. Did you mean 'quantize'?"),
+    ],
+)
+def test_a_broken_profile_of_the_users_is_told_with_its_file_and_key(
+    home: Path, file: str, text: str, says: str
+) -> None:
+    (home / file).parent.mkdir(exist_ok=True)
+    (home / file).write_text(text)
+    with pytest.raises(SpecError) as caught:
+        plugins().profiles()
+    assert says in str(caught.value)
+    assert str(home) in str(caught.value)
 
 
 def test_profiles_are_read_from_folders_of_yaml(tmp_path: Path) -> None:

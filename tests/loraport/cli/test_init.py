@@ -25,7 +25,7 @@ from loraport.spec.load import load_spec
 @pytest.fixture(autouse=True)
 def _a_known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loraport.gpu.cards", lambda: [Card("Some Card", 23.99, (8, 9))])
-    known = {("hardware", name): Profile("hardware", name, "", card_gib=gib) for name, gib in SIZES.items()}
+    known = {("hardware", name): Profile("hardware", name, "", {"storage": "fp8", "compute": "fp8"}, gib) for name, gib in SIZES.items()}
     monkeypatch.setattr(type(plugins()), "profiles", lambda self: known)
 
 
@@ -166,6 +166,7 @@ def test_a_bad_name_is_told_as_the_spec_tells_it(tmp_path: Path) -> None:
         (None, None, "No NVIDIA card"),
         (Card("Small", 8.0, (7, 5)), None, "smaller than the card of every profile"),
         (Card("Big", 139.8, (9, 0)), "48gb", "Big (140 GiB)"),
+        (Card("Old", 23.99, (8, 6)), "auto", "For Old: 24gb, in int8"),
     ],
 )
 def test_the_profile_and_its_reason_follow_the_card(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from loraport_convert.commands import convert, inspect, merge, resize, verify
+from loraport_convert.commands import convert, inspect, merge, resize, verify, workflow
 
 
 def add_commands(cli: typer.Typer) -> None:
-    for module in (convert, inspect, merge, resize, verify):
+    for module in (convert, inspect, merge, resize, verify, workflow):
         module.add_commands(cli)

@@ -1,9 +1,13 @@
 """Every family's diffusers model at its real size and without weights, and the same made small."""
 
 import contextlib
+import functools
 import logging
 
 import pytest
+
+from loraport_convert.families import FAMILIES
+from loraport_convert.families.rules import cuts
 
 
 def build(name, **sizes):
@@ -16,16 +20,35 @@ def build(name, **sizes):
         return getattr(diffusers, kind)(**{**config, **sizes})
 
 
-def modules(model):
-    """(rows, columns) of every Linear and convolution by name."""
+@functools.cache
+def modules(name):
+    """(rows, columns) of every Linear and convolution of a model, by its name."""
     import torch
 
     kinds = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
     return {
         name: (module.weight.shape[0], module.weight[0].numel())
-        for name, module in model.named_modules()
+        for name, module in build(name).named_modules()
         if isinstance(module, kinds)
     }
+
+
+def layout(model):
+    """Native module → its rows as (first, stop, diffusers module, first, stop there, rows of the native one)."""
+    family, placed = FAMILIES[family_of(model)], {}
+    for name, shape in modules(model).items():
+        spans = family.native(name, shape)
+        assert spans, f"{model}: {name} has no native name"
+        for span, (start, stop) in zip(spans, cuts(spans, shape[0]), strict=True):
+            share = (stop - start) // span.count
+            rows = (share * span.first, share * span.first + stop - start, name, start, stop, share * span.total)
+            placed.setdefault(span.module, []).append(rows)
+    return {native: sorted(rows) for native, rows in placed.items()}
+
+
+def natives(model):
+    """(rows, columns) of every native module by its name."""
+    return {native: (rows[0][5], modules(model)[rows[0][2]][1]) for native, rows in layout(model).items()}
 
 
 _SD = {"cross_attention_dim": 768, "attention_head_dim": 8}

@@ -84,6 +84,22 @@ class Store:
                 hint="Free some space, or set LORAPORT_CACHE to a folder with room.",
             ) from error
 
+    def hold(self, entries: Iterable[tuple[str, str]], budget: int, pinned: bool) -> dict[tuple[str, str], Tensor]:
+        """Read entries (kind, key) of one tensor, named as their kind, into host memory, in order, within a budget.
+
+        budget: bytes; what comes when they are spent is left out. pinned: in memory that a CUDA device copies from by
+        itself; torch takes it in powers of two, and so it is counted. Raises DataError as `read` does.
+        """
+        held: dict[tuple[str, str], Tensor] = {}
+        for kind, key in dict.fromkeys(entries):
+            tensor = self.read(kind, key)[kind]
+            budget -= 1 << (tensor.nbytes - 1).bit_length() if pinned else tensor.nbytes
+            if budget < 0:
+                break
+            # A copy either way: what `read` gives is a view of the mapped file.
+            held[kind, key] = tensor.pin_memory() if pinned else tensor.clone()
+        return held
+
     def size(self, entries: Iterable[tuple[str, str]]) -> int:
         """Bytes on disk of the entries (kind, key) that are there; one given twice counts once."""
         paths = {self.path(kind, key) for kind, key in entries}

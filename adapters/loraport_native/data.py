@@ -32,6 +32,8 @@ from loraport_native.models.weights import Weights
 T = TypeVar("T")
 
 _PROBLEMS_TOLD = 10
+#: Host memory for latents and text features, which then cost a step no disk: some 200 to 300 images of 1024 px.
+HELD_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,19 @@ class TrainingSet:
     held_out: list[Sample]
     empty_text: str  #: what a dropped caption becomes
     extra_texts: dict[str, str]  #: of each caption that was asked for besides the dataset's
+    held: Mapping[tuple[str, str], Tensor] = field(repr=False)  #: by (kind, key), in host memory; pinned for CUDA
 
     def latents(self, sample: Sample) -> Tensor:
-        """The sample's image tokens (N, channels), float32, on the CPU."""
-        return self.store.read(LATENTS, sample.latents)[LATENTS]
+        """The sample's image tokens (N, channels), float32, on the CPU. Not to be written to."""
+        return self._read(LATENTS, sample.latents)
 
     def text(self, text_key: str) -> Tensor:
-        """Projected text features (T, hidden) in the dtype they were prepared in, on the CPU."""
-        return self.store.read(TEXT, text_key)[TEXT]
+        """Projected text features (T, hidden) in the dtype they were prepared in, on the CPU. Not to be written to."""
+        return self._read(TEXT, text_key)
+
+    def _read(self, kind: str, name: str) -> Tensor:
+        held = self.held.get((kind, name))
+        return self.store.read(kind, name)[kind] if held is None else held
 
 
 def prepare(
@@ -79,8 +86,9 @@ def prepare(
     group computes its share of what is missing.
     `extra_captions` (prompts to draw) are encoded as they are. Raises DataError for what is wrong with images
     and captions (before any model is loaded, but for damaged pixels) and RunFolderError for a cache that cannot
-    be written.
+    be written. Of what the loop reads, `HELD_BYTES` are kept in host memory.
     """
+    device, storage = torch.device(device), spec.memory.text_encoder or "none"
     store = Store(cache_folder(), lambda path: emit(Warn(message=f"{path} was damaged; it is computed anew.")))
     family = check_family(spec, plugins().families())
     pictures: dict[str, Picture] = {}
@@ -88,7 +96,7 @@ def prepare(
 
     def text_key(caption: str) -> str:
         limit = spec.dataset.max_text_tokens
-        return key("text", caption, checkpoint.identity, limit, str(dtype))
+        return key("text", caption, checkpoint.identity, limit, str(dtype), storage)
 
     def sample(entry: _Entry) -> Sample:
         picture = entry.picture
@@ -123,14 +131,19 @@ def prepare(
     features.encode_images(share, checkpoint, device, store, tell)
     emit(PhaseStarted(phase="cache", detail=f"{len(missing_captions)} of {len(captions)} captions to encode"))
     share_of_text, tell = _share(missing_captions, group, emit)
-    features.encode_captions(share_of_text, checkpoint, spec.dataset.max_text_tokens, dtype, device, store, tell)
+    features.encode_captions(
+        share_of_text, checkpoint, spec.dataset.max_text_tokens, dtype, storage, device, store, tell
+    )
     group.wait()
 
     entries = [*((LATENTS, name) for name in pictures), *((TEXT, name) for name in captions.values())]
     if group.leads:
         print(f"The cache holds {_size(store.size(entries))} for this dataset, in {store.root}", flush=True)
     extra = {caption: captions[caption] for caption in extra_captions}
-    return TrainingSet(store, samples, validation, captions[""], extra)
+    read = [(TEXT, captions[""])]
+    read += [entry for one in (*samples, *validation) for entry in ((LATENTS, one.latents), (TEXT, one.text))]
+    held = store.hold(read, HELD_BYTES, pinned=device.type == "cuda")
+    return TrainingSet(store, samples, validation, captions[""], extra, held)
 
 
 def epoch_batches(samples: list[Sample], batch_size: int, seed: int, epoch: int) -> list[list[Sample]]:
@@ -165,7 +178,8 @@ def _share(missing: Mapping[str, T], group: Group, emit: Emit) -> tuple[dict[str
 
     def tell(event: Event) -> None:
         if isinstance(event, Progress):
-            event = Progress(done=min(event.done * group.size, len(missing)), total=len(missing))
+            done = min(event.done * group.size, len(missing))
+            event = event.model_copy(update={"done": done, "total": len(missing)})
         emit(event)
 
     return dict(group.share(list(missing.items()))), tell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import sys
 from typing import Any
@@ -63,10 +64,28 @@ def limit_memory(spec: TrainSpec, device: torch.device) -> None:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Bytes of a CUDA card that this process can still take, its limit counted."""
+    """Bytes of a CUDA card that this process can still take, its limit counted, with what torch holds unused."""
     free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
     limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    return min(free, limit - torch.cuda.memory_reserved(device))
+    return min(free + torch.cuda.memory_reserved(device) - used, limit - used)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory since `restart_peak`, GiB: allocated on a CUDA device; of now on MPS; else the most that was ever
+    resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def restart_peak(device: torch.device) -> None:
+    """Count the peak from here, where it can be counted anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def check_device(spec: TrainSpec, device: torch.device) -> None:

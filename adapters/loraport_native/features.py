@@ -6,31 +6,31 @@ Each loads its models, writes what is missing to the store, and lets go of the m
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from diffusers.models.normalization import RMSNorm
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from transformers import Qwen3VLModel
 
 from loraport.buckets import Size, fit
 from loraport.dataset import Item, load_image
 from loraport.errors import DataError
 from loraport.run.events import Event, Progress
 from loraport_native.cache import Store
-from loraport_native.device import free_memory_bytes
+from loraport_native.device import free_memory_bytes, peak_memory_gib, restart_peak
 from loraport_native.models.checkpoint import Checkpoint, load_text_encoder, load_tokenizer, load_vae
 from loraport_native.models.ideogram4 import Ideogram4
-from loraport_native.models.latents import encode_image
+from loraport_native.models.latents import encode_image, encoding_bytes
 from loraport_native.models.text import encode
 from loraport_native.models.weights import Weights, fill
 
 LATENTS, TEXT = "latents", "text"
-MARGIN = 2 * 2**30  #: bytes of a card left for what the text encoder computes
+#: Bytes of a card that blocks of the text encoder which stay there leave free: for two more and what they compute.
+SPARE = 3 * 2**30
 Emit = Callable[[Event], None]
 
 
@@ -75,7 +75,7 @@ def load_text_projection(checkpoint: Checkpoint, dtype: torch.dtype, device: tor
 
 
 def encode_images(
-    pictures: Mapping[str, Picture], checkpoint: Checkpoint, device: torch.device | str, store: Store, emit: Emit
+    pictures: Mapping[str, Picture], checkpoint: Checkpoint, device: torch.device, store: Store, emit: Emit
 ) -> None:
     """Write the latents (N, channels), float32, of each picture under its key.
 
@@ -84,14 +84,27 @@ def encode_images(
     """
     if not pictures:
         return
+    restart_peak(device)
     vae = load_vae(checkpoint, torch.float32, device)
     for done, (key, picture) in enumerate(pictures.items(), start=1):
-        latents = encode_image(vae, pixels_of(picture).to(device))[0]
+        nn.Module.to(vae, _where_it_fits(vae, picture, device))
+        latents = encode_image(vae, pixels_of(picture))[0]
         _refuse_non_finite(latents, f"{picture.item.image}: the VAE's latents")
         store.write(LATENTS, key, {LATENTS: latents})
-        emit(Progress(done=done, total=len(pictures)))
+        emit(Progress(done=done, total=len(pictures), peak_memory_gib=peak_memory_gib(device)))
     del vae
     free_memory()
+
+
+def _where_it_fits(vae: AutoencoderKLFlux2, picture: Picture, device: torch.device) -> torch.device:
+    """The device; or the CPU, for a picture that needs more than is free on a CUDA card. It is slow and changes
+    nothing else: a smaller tile or a shorter dtype would change the latents."""
+    if device.type != "cuda" or encoding_bytes(vae, *picture.bucket) < free_memory_bytes(device):
+        return device
+    width, height = picture.bucket
+    need = encoding_bytes(vae, width, height) / 2**30
+    print(f"{picture.item.image}: {width} x {height} px take {need:.1f} GiB: encoded on the CPU.", flush=True)
+    return torch.device("cpu")
 
 
 @torch.no_grad()
@@ -100,54 +113,33 @@ def encode_captions(
     checkpoint: Checkpoint,
     max_tokens: int,
     dtype: torch.dtype,
-    device: torch.device | str,
+    storage: str,
+    device: torch.device,
     store: Store,
     emit: Emit,
 ) -> None:
-    """Write the projected text features (T, hidden) of each caption (key → caption) in `dtype` under its key."""
+    """Write the projected text features (T, hidden) of each caption (key → caption) in `dtype` under its key.
+
+    storage: of the text encoder's weights (`memory.text_encoder`); see `TextEncoder`.
+    """
     if not captions:
         return
+    restart_peak(device)
     tokenizer = load_tokenizer(checkpoint)
-    text_encoder = _place_text_encoder(checkpoint, dtype, torch.device(device))
+
+    def room() -> int:
+        return free_memory_bytes(device) - SPARE if device.type == "cuda" else 0
+
+    text_encoder = load_text_encoder(checkpoint, dtype, device, storage, room)
     project = load_text_projection(checkpoint, dtype, device)
-    for done, (key, caption) in enumerate(captions.items(), start=1):
-        (features,) = encode(text_encoder, tokenizer, [caption], max_tokens)
+    encoded = encode(text_encoder, tokenizer, list(captions.values()), max_tokens)
+    for done, ((key, caption), features) in enumerate(zip(captions.items(), encoded, strict=True), start=1):
         text = project(features[None])[0]
         _refuse_non_finite(text, f"The text features of the caption {caption[:60]!r}")
         store.write(TEXT, key, {TEXT: text})
-        emit(Progress(done=done, total=len(captions)))
-    del text_encoder, project
+        emit(Progress(done=done, total=len(captions), peak_memory_gib=peak_memory_gib(device)))
+    del text_encoder, project, encoded
     free_memory()
-
-
-def _place_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Qwen3VLModel:
-    """The text encoder on the device, or, on a CUDA card that cannot hold it, in host memory with its blocks visiting
-    the card in turn. The numbers are the same; only the time differs."""
-    if device.type != "cuda" or _text_encoder_bytes(checkpoint, dtype) < free_memory_bytes(device) - MARGIN:
-        return load_text_encoder(checkpoint, dtype, device)
-    print("The text encoder does not fit the card; its blocks are streamed from host memory.", flush=True)
-    return stream_blocks(load_text_encoder(checkpoint, dtype, "cpu"), device)
-
-
-def stream_blocks(text_encoder: Qwen3VLModel, device: torch.device) -> Qwen3VLModel:
-    """Keep the encoder in host memory and bring one block at a time to the CUDA device (inference only)."""
-    from diffusers.hooks import apply_group_offloading
-
-    apply_group_offloading(
-        text_encoder.language_model,
-        onload_device=device,
-        offload_device=torch.device("cpu"),
-        offload_type="block_level",
-        num_blocks_per_group=1,
-        use_stream=True,
-    )
-    return text_encoder
-
-
-def _text_encoder_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    weights = Weights(checkpoint.text_encoder)
-    parameters = sum(math.prod(weights.shape(name)) for name in weights.names if "visual." not in name)
-    return parameters * dtype.itemsize
 
 
 def pixels_of(picture: Picture) -> Tensor:

@@ -30,8 +30,8 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from loraport_native.device import find_device
-from loraport_native.trainer import peak_memory_gib, peak_reserved_gib
+from loraport_native.device import find_device, peak_memory_gib
+from loraport_native.trainer import peak_reserved_gib
 
 KINDS = ("bf16", "fp8", "nf4")
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
@@ -154,8 +154,8 @@ def _batch(
 
 
 def matmul_rate(device: torch.device, repeats: int = 10) -> dict[str, float]:
-    """TFLOP/s of a bf16 matrix product, of sides 8192 on a card and 512 elsewhere: mean of `repeats` after three."""
-    side = 8192 if device.type == "cuda" else 512
+    """TFLOP/s of a bf16 matrix product, of sides 8192 on a card and 128 elsewhere: mean of `repeats` after three."""
+    side = 8192 if device.type == "cuda" else 128
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
 
     def products() -> None:

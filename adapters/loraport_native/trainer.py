@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from loraport.spec.models import TrainSpec
 from loraport_native import flow
 from loraport_native.checkpoints import load_state, save_checkpoint, whole_checkpoints
 from loraport_native.data import Sample, TrainingSet, epoch_batches
+from loraport_native.device import peak_memory_gib
 from loraport_native.distributed import ALONE, Group
 from loraport_native.lora import Adapter, Ema, Masters, write_adapter
 from loraport_native.models.ideogram4 import Ideogram4
@@ -270,16 +269,6 @@ def derived_seed(seed: int, *what: Any) -> int:
     """A 63-bit seed for one purpose, from the run's seed."""
     digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory so far, GiB: allocated on a CUDA or MPS device, else resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def peak_reserved_gib(device: torch.device) -> float | None:

@@ -85,6 +85,18 @@ def test_a_cache_folder_that_is_a_file_is_told(tmp_path: Path) -> None:
         Store(tmp_path / "cache").write("text", key("a"), {"text": torch.ones(1)})
 
 
+def test_entries_are_held_in_order_within_a_budget_and_apart_from_the_disk(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for name in "abc":
+        store.write("text", key(name), {"text": torch.full((250,), float(ord(name)))})
+    entries = [("text", key(name)) for name in "aabc"]
+    held = store.hold(entries, budget=2500, pinned=False)
+    assert list(held) == [("text", key("a")), ("text", key("b"))]
+    for name in "ab":
+        store.path("text", key(name)).write_bytes(b"")
+        assert (held["text", key(name)] == ord(name)).all()
+
+
 def test_the_size_counts_each_entry_once(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.write("text", key("a"), {"text": torch.ones(1000)})

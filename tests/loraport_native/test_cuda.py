@@ -74,23 +74,6 @@ def test_the_quickstart_trains_on_the_card(settings: list[str], tmp_path: Path) 
     assert json.loads((tmp_path / "run" / "proof.json").read_text())["ok"]
 
 
-def test_a_streamed_text_encoder_gives_the_same_features(tmp_path: Path) -> None:
-    from loraport_native.features import stream_blocks
-    from loraport_native.models.checkpoint import find_checkpoint, load_text_encoder, load_tokenizer
-    from loraport_native.models.text import encode
-    from loraport_native.tiny import write_tiny
-
-    checkpoint = find_checkpoint(str(write_tiny(tmp_path / "tiny", "official")))
-    tokenizer, device = load_tokenizer(checkpoint), torch.device("cuda")
-    captions = ["a cat", '{"high_level_description":"two dogs"}']
-    resident = encode(load_text_encoder(checkpoint, torch.bfloat16, device), tokenizer, captions, 512)
-    streamed = encode(
-        stream_blocks(load_text_encoder(checkpoint, torch.bfloat16, "cpu"), device), tokenizer, captions, 512
-    )
-    for one, other in zip(resident, streamed, strict=True):
-        assert torch.equal(one, other)
-
-
 @dataclass
 class _Sample:
     bucket: tuple[int, int]

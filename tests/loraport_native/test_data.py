@@ -214,6 +214,50 @@ def test_no_model_is_alive_after_it_nor_two_at_once(
     assert data.samples
 
 
+def test_a_step_reads_no_file_unless_the_budget_is_spent(
+    images: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def everything(data: TrainingSet) -> list[torch.Tensor]:
+        tensors = [data.text(data.empty_text)]
+        return tensors + [tensor for one in data.samples for tensor in (data.latents(one), data.text(one.text))]
+
+    held = prepared(spec_for(images), checkpoint)
+    monkeypatch.setattr("loraport_native.data.HELD_BYTES", 0)
+    unheld = prepared(spec_for(images), checkpoint)
+    from_disk = everything(unheld)
+    monkeypatch.setattr(type(held.store), "read", None)
+    assert all(torch.equal(one, other) for one, other in zip(everything(held), from_disk, strict=True))
+    with pytest.raises(TypeError):
+        everything(unheld)
+
+
+def test_another_storage_of_the_text_encoder_is_another_text(images: Path, checkpoint: Checkpoint) -> None:
+    spec = spec_for(images)
+    small = spec.model_copy(update={"memory": spec.memory.model_copy(update={"text_encoder": "nf4"})})
+    full, other = (prepared(each, checkpoint) for each in (spec, small))
+    assert full.samples[0].latents == other.samples[0].latents
+    assert full.samples[0].text != other.samples[0].text
+    exact, close = full.text(full.samples[0].text), other.text(other.samples[0].text)
+    assert 0 < (close - exact).norm() / exact.norm() < 0.3
+
+
+@pytest.mark.parametrize(("free", "where"), [(2**40, "cuda"), (2**20, "cpu")])
+def test_an_image_too_large_for_the_card_is_encoded_on_the_cpu(
+    images: Path,
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    free: int,
+    where: str,
+) -> None:
+    monkeypatch.setattr(features, "free_memory_bytes", lambda device: free)
+    picture = Picture(scan(images, "txt")[0], (1024, 768))
+    vae = load_vae(checkpoint, torch.float32, "cpu")
+    assert features._where_it_fits(vae, picture, torch.device("cuda")) == torch.device(where)
+    assert ("a.png: 1024 x 768 px take" in capsys.readouterr().out) == (where == "cpu")
+    assert features._where_it_fits(vae, picture, torch.device("cpu")) == torch.device("cpu")
+
+
 def test_a_damaged_entry_is_warned_of_and_computed_anew(images: Path, checkpoint: Checkpoint) -> None:
     before = prepared(spec_for(images), checkpoint)
     path = before.store.path("latents", before.samples[0].latents)

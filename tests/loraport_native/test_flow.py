@@ -16,10 +16,11 @@ from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _resolution_aware_m
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
+from transformers import Qwen3VLModel
 
 from loraport_native import flow
 from loraport_native.data import Sample
-from loraport_native.models.checkpoint import find_checkpoint, load_text_encoder, load_tokenizer
+from loraport_native.models.checkpoint import find_checkpoint, load_tokenizer
 from loraport_native.trainer import derived_seed
 
 LONGEST = 64  # text tokens that the reference pads every caption to
@@ -72,7 +73,7 @@ def reference_conditioning(folder: Path, captions: list[str]) -> tuple[Tensor, .
     pipeline = Ideogram4Pipeline(
         scheduler=None,
         vae=None,
-        text_encoder=load_text_encoder(checkpoint, torch.float32, "cpu"),
+        text_encoder=Qwen3VLModel.from_pretrained(checkpoint.text_encoder, dtype=torch.float32),
         tokenizer=load_tokenizer(checkpoint),
         transformer=None,
         unconditional_transformer=None,

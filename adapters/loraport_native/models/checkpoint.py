@@ -21,8 +21,8 @@ from loraport.errors import DataError
 from loraport_native.models.hub import download
 from loraport_native.models.ideogram4 import Ideogram4
 from loraport_native.models.layout import split_names
-from loraport_native.models.text import LAYERS, TAPS
-from loraport_native.models.weights import Weights, fill, read_header
+from loraport_native.models.text import LAYERS, TAPS, TextEncoder
+from loraport_native.models.weights import Weights, check, fill, itself, read_header
 
 Layout = Literal["diffusers", "official"]
 _REQUIRED = {
@@ -84,12 +84,14 @@ def load_transformer(
     device: torch.device | str,
     part: str = "transformer",
     prepare_block: Callable[[nn.Module], None] = lambda block: None,
+    keep_fp8: bool = False,
 ) -> Ideogram4:
-    """Load a transformer, frozen and in evaluation mode, one tensor at a time; fp8 rows become `dtype`.
+    """Load a transformer, frozen and in evaluation mode, one tensor at a time.
 
     part: 'transformer' or 'unconditional_transformer'. prepare_block: called with each block as soon as it is
     loaded, so that one that quantises keeps the peak at the quantised model plus one block. Without it the
-    peak is the model plus one tensor. Raises DataError naming the tensor or file at fault.
+    peak is the model plus one tensor. keep_fp8: it takes the fp8 rows of the blocks' Linears as they are (see `pour`);
+    without it, or elsewhere, they become `dtype`. Raises DataError naming the tensor or file at fault.
     """
     folder = getattr(checkpoint, part)
     if folder is None:
@@ -107,39 +109,51 @@ def load_transformer(
         if name in ends and last[ends[name]] == name:
             prepare_block(model.layers[int(ends[name])])
 
-    fill(model, weights, dtype, device, sources=(lambda name: (name,)) if fused else split_names, filled=filled)
-    return model.eval()
-
-
-def load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> Qwen3VLModel:
-    """Load the text encoder without its vision tower (captions are text), frozen; fp8 rows become `dtype`.
-
-    The files hold a transformers `Qwen3VLModel`; the official fp8 ones add `.weight_scale` rows and the flag
-    `ideogram_fp8_weight_only` to config.json, which is why transformers' own loader does not read them
-    (`quantized_loading.py` in Ideogram's own repository). A `Qwen3VLForConditionalGeneration`, whose names
-    start with `model.`, is read too. Raises DataError naming the tensor or file at fault.
-    """
-    weights = Weights(checkpoint.text_encoder)
-    _refuse_nf4(weights)
-    config = Qwen3VLConfig.from_dict(_read_json(checkpoint.text_encoder / "config.json"))
-    _check_text_encoder(checkpoint, config)
-    with torch.device("meta"):
-        model = Qwen3VLModel(config)
-    model.visual = None
-    # Built on the meta device, the rotary frequencies hold nothing, and no file has them.
-    rotary = type(model.language_model.rotary_emb)
-    with torch.device("cpu"):
-        model.language_model.rotary_emb = rotary(config.text_config).to(device)
-    prefix = "model." if "model.language_model.embed_tokens.weight" in weights.names else ""
     fill(
         model,
         weights,
         dtype,
         device,
+        sources=itself if fused else split_names,
+        filled=filled,
+        keep_fp8=lambda name: keep_fp8 and name in ends,
+    )
+    return model.eval()
+
+
+def load_text_encoder(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    storage: str = "none",
+    room: Callable[[], int] = lambda: 0,
+) -> TextEncoder:
+    """Open the text encoder without its vision tower (captions are text); its blocks are read as they are used.
+
+    The files hold a transformers `Qwen3VLModel`; the official fp8 ones add `.weight_scale` rows and the flag
+    `ideogram_fp8_weight_only` to config.json, which is why transformers' own loader does not read them
+    (`quantized_loading.py` in Ideogram's own repository). A `Qwen3VLForConditionalGeneration`, whose names
+    start with `model.`, is read too. Raises DataError naming the tensor or file at fault; a tensor that holds NaN
+    is found when its block is read.
+    """
+    weights = Weights(checkpoint.text_encoder)
+    _refuse_nf4(weights)
+    config = Qwen3VLConfig.from_dict(_read_json(checkpoint.text_encoder / "config.json"))
+    config._attn_implementation = "sdpa"  # the one that is causal without a mask
+    _check_text_encoder(checkpoint, config)
+    with torch.device("meta"):
+        model = Qwen3VLModel(config)
+    model.visual = None
+    prefix = "model." if "model.language_model.embed_tokens.weight" in weights.names else ""
+    check(
+        model,
+        weights,
         sources=lambda name: (prefix + name,),
         ignored=lambda name: name.startswith((f"{prefix}visual.", "lm_head.")),
     )
-    return model.eval()
+    return TextEncoder(
+        model.language_model, weights, f"{prefix}language_model.", dtype, torch.device(device), storage, room
+    )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -17,6 +17,7 @@ from loraport.errors import DataError
 
 FP8 = "F8_E4M3"
 SCALE = "_scale"  # `X.weight` in fp8 has its rows' scales in `X.weight_scale`
+Sources = Callable[[str], tuple[str, ...]]
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _LFS_POINTER = b"version https://git-lfs"
@@ -96,17 +97,38 @@ class Weights:
         `X.weight_scale` in float32, one number per output row; weight = fp8 · scale. A scale of one number or
         of shape (rows, 1) is taken too. Raises DataError when the tensor or its scale is missing or damaged.
         """
-        entry = self._entry(name)
-        tensor = self._get(name).to(device)
-        if entry["dtype"] != FP8:
-            return tensor
+        if not self.is_fp8(name):
+            return self._get(name).to(device)
+        rows, scale = self.read_fp8(name, device)
+        return rows.to(torch.float32).mul_(scale.reshape(-1, *(1,) * (rows.dim() - 1)))
+
+    def read_rows(self, name: str, index: Tensor) -> Tensor:
+        """The rows of a matrix at `index` (n,), as (n, columns) on the CPU; of the file, only they are read.
+
+        In float32 if they are fp8 rows with scales, else as stored. Raises DataError as `read` does.
+        """
+        if not self.is_fp8(name):
+            return self._get(name)[index]
+        rows, scale = self.read_fp8(name, "cpu")
+        return rows.view(torch.uint8)[index].view(rows.dtype).float() * scale[index]
+
+    def is_fp8(self, name: str) -> bool:
+        """Whether `name` is stored as fp8 rows. Raises DataError when there is no such tensor."""
+        return self._entry(name)["dtype"] == FP8
+
+    def read_fp8(self, name: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Read fp8 rows as they are: (weight in float8_e4m3fn, scale of each row (rows, 1) in float32) on `device`.
+
+        Raises DataError when the scale is missing, or its shape is not that of the rows.
+        """
+        rows = self._get(name)
         scale = self._get(name + SCALE).to(device, torch.float32)
-        if scale.numel() not in (1, tensor.shape[0]):
+        if scale.numel() not in (1, len(rows)):
             raise DataError(
                 f"{self._file_of[name]}: tensor {name + SCALE} has shape {tuple(scale.shape)}; the rows of "
-                f"{name} need ({tensor.shape[0]},)."
+                f"{name} need ({len(rows)},)."
             )
-        return tensor.to(torch.float32) * scale.reshape(-1, *(1,) * (tensor.dim() - 1))
+        return rows.to(device), scale.reshape(-1, 1).expand(len(rows), 1)
 
     def _entry(self, name: str) -> dict[str, Any]:
         try:
@@ -154,49 +176,85 @@ def weight_files(folder: Path) -> list[Path]:
     raise DataError(f"{folder} holds no *.safetensors file.", hint="Other formats (.bin, .gguf) are not read.")
 
 
+def itself(name: str) -> tuple[str, ...]:
+    """The `Sources` of a model that is named as the files are."""
+    return (name,)
+
+
 def fill(
     module: nn.Module,
     weights: Weights,
     dtype: torch.dtype,
     device: torch.device | str,
-    sources: Callable[[str], tuple[str, ...]] = lambda name: (name,),
+    sources: Sources = itself,
     ignored: Callable[[str], bool] = lambda name: False,
     filled: Callable[[str], None] = lambda name: None,
+    keep_fp8: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Give `module`, built on the meta device, its weights: frozen, on `device`, one tensor at a time.
+    """Check that the files hold `module`, all of it and nothing else, and pour them into it; see both."""
+    check(module, weights, sources, ignored)
+    pour(module, weights, dtype, device, sources, filled, keep_fp8)
 
-    sources: the tensors on disk whose rows make a parameter of the model. ignored: tensors on disk that the
-    model has no use for. filled: hears each name, in the model's order, once it has its value. Parameters
-    become `dtype`; buffers keep their own (running statistics stay float32).
-    Raises DataError naming the tensor: missing, unexpected, of another shape, or holding NaN or infinity.
+
+def check(
+    module: nn.Module,
+    weights: Weights,
+    sources: Sources = itself,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Raise DataError naming the first tensor that is missing, of another shape, or unexpected. Reads headers only.
+
+    ignored: tensors on disk that the model has no use for.
     """
-    wanted = module.state_dict()
-    parameters = dict(module.named_parameters())
     used: set[str] = set()
-    for name, target in wanted.items():
+    for name, target in module.state_dict().items():
         parts = sources(name)
+        expected = (target.shape[0] // len(parts), *target.shape[1:]) if len(parts) > 1 else tuple(target.shape)
         for part in parts:
-            expected = (target.shape[0] // len(parts), *target.shape[1:]) if len(parts) > 1 else target.shape
-            if weights.shape(part) != tuple(expected):
+            if weights.shape(part) != expected:
                 raise DataError(
-                    f"{weights.folder}: tensor {part} has shape {weights.shape(part)}, the model needs "
-                    f"{tuple(expected)}.",
+                    f"{weights.folder}: tensor {part} has shape {weights.shape(part)}, the model needs {expected}.",
                     hint="The weights and the config.json beside them are of different models.",
                 )
         used.update(parts, (part + SCALE for part in parts))
-        read = [weights.read(part, device) for part in parts]
-        tensor = _cast(
-            torch.cat(read) if len(read) > 1 else read[0],
-            dtype if name in parameters else target.dtype,
-            f"{weights.folder}: tensor {', '.join(parts)}",
-        )
-        owner, _, leaf = name.rpartition(".")
-        if name in parameters:
-            module.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-        else:
-            module.get_submodule(owner).register_buffer(leaf, tensor)
-        filled(name)
     refuse_leftovers(weights, used, ignored)
+
+
+def pour(
+    module: nn.Module,
+    weights: Weights,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    sources: Sources = itself,
+    filled: Callable[[str], None] = lambda name: None,
+    keep_fp8: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Give `module`, built on the meta device, its weights: frozen, on `device`, one tensor at a time.
+
+    sources: the tensors on disk whose rows make a parameter of the model. filled: hears each name, in the model's
+    order, once it has its value. Parameters become `dtype`; buffers keep their own (running statistics stay float32).
+    keep_fp8: weights of a Linear that, where they are fp8 rows on disk, stay so: `weight` (out, in) in float8_e4m3fn
+    beside a new buffer `weight_scale` (out, 1) in float32, for a module that can compute with them to take over.
+    Raises DataError naming a tensor that holds NaN or infinity.
+    """
+    parameters = dict(module.named_parameters())
+    for name, target in module.state_dict().items():
+        parts = sources(name)
+        what = f"{weights.folder}: tensor {', '.join(parts)}"
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        if isinstance(owner, nn.Linear) and keep_fp8(name) and all(map(weights.is_fp8, parts)):
+            rows, scale = _fp8_rows(weights, parts, device, what)
+            owner.register_parameter(leaf, nn.Parameter(rows, requires_grad=False))
+            owner.register_buffer(leaf + SCALE, scale)
+        else:
+            tensor = _joined([weights.read(part, device) for part in parts])
+            tensor = _cast(tensor, dtype if name in parameters else target.dtype, what)
+            if name in parameters:
+                owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+            else:
+                owner.register_buffer(leaf, tensor)
+        filled(name)
     left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     assert not left, f"still without values: {left}"
 
@@ -212,9 +270,29 @@ def refuse_leftovers(weights: Weights, used: Iterable[str], ignored: Callable[[s
         )
 
 
+def _fp8_rows(weights: Weights, parts: tuple[str, ...], device: torch.device | str, what: str) -> tuple[Tensor, Tensor]:
+    """The rows of `parts` under one another, as bytes, and their scales; both copies of what is on disk."""
+    read = [weights.read_fp8(part, device) for part in parts]
+    rows = _own(_joined([rows.view(torch.uint8) for rows, _ in read]))
+    scale = _cast(torch.cat([scale for _, scale in read]), torch.float32, f"{what}{SCALE}")
+    # e4m3fn has no infinity, and NaN is 0x7f or 0xff: the largest signed and the largest unsigned byte.
+    if rows.max() == 0xFF or rows.view(torch.int8).max() == 0x7F:
+        raise DataError(f"{what} holds NaN.", hint="The checkpoint is damaged. " + _AGAIN)
+    return rows.view(torch.float8_e4m3fn), scale
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor apart from the file: on the CPU, what safetensors returns is a view of the mapped file."""
+    return tensor.clone() if tensor.device.type == "cpu" else tensor
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    # A fresh copy even when nothing changes: what safetensors returns is a view of the mapped file.
-    cast = tensor.to(dtype, copy=True).contiguous()
+    cast = tensor.to(dtype).contiguous()
+    cast = _own(cast) if cast.data_ptr() == tensor.data_ptr() else cast
     if not cast.is_floating_point() or not cast.numel() or _is_finite(cast):
         return cast
     if _is_finite(tensor):

@@ -158,6 +158,56 @@ def test_shards_with_an_index_load_and_a_missing_shard_is_named(copy):
 
 
 @pytest.mark.parametrize("shape", [(384,), (384, 1), ()])
+def test_fp8_rows_that_are_kept_come_with_a_scale_a_row(copy, shape):
+    rows = torch.arange(384 * 128).remainder(120).to(torch.uint8).reshape(384, 128)
+    scale = torch.rand(shape) + 0.5
+    edit(copy / FILE, lambda t: t.update({QKV: rows.view(torch.float8_e4m3fn), f"{QKV}_scale": scale}))
+    seen = []
+
+    def prepare(block):
+        linear = block.attention.qkv
+        seen.append(linear.weight.dtype)
+        if linear.weight.dtype == torch.float8_e4m3fn:
+            assert torch.equal(linear.weight.view(torch.uint8), rows)
+            assert not linear.weight.requires_grad
+            assert linear.weight_scale.shape == (384, 1)
+            assert torch.equal(linear.weight_scale, scale.reshape(-1, 1).expand(384, 1))
+
+    load_transformer(find_checkpoint(str(copy)), torch.float32, "cpu", prepare_block=prepare, keep_fp8=True)
+    assert seen == [torch.float32, torch.float8_e4m3fn, torch.float32]
+
+
+def test_fp8_rows_of_a_split_qkv_are_joined(tiny_diffusers, tiny_official, tmp_path):
+    folder = Path(shutil.copytree(tiny_diffusers, tmp_path / "checkpoint"))
+    fused = {name: tensor for name, tensor in load_file(tiny_official / FILE).items() if name == QKV}[QKV].float()
+    scale = fused.abs().amax(1) / 448
+    rows = (fused / scale[:, None]).to(torch.float8_e4m3fn)
+
+    def change(tensors):
+        for number, letter in enumerate("qkv"):
+            part = slice(128 * number, 128 * (number + 1))
+            name = f"layers.1.attention.to_{letter}.weight"
+            tensors |= {name: rows[part].clone(), f"{name}_scale": scale[part].clone()}
+
+    edit(folder / FILE, change)
+    kept = load_transformer(find_checkpoint(str(folder)), torch.float32, "cpu", keep_fp8=True).layers[1].attention.qkv
+    assert torch.equal(kept.weight.view(torch.uint8), rows.view(torch.uint8))
+    assert torch.equal(kept.weight_scale[:, 0], scale)
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_nan_among_fp8_rows_is_named(copy, byte):
+    def change(tensors):
+        rows = torch.zeros(384, 128, dtype=torch.uint8)
+        rows[7, 5] = byte
+        tensors.update({QKV: rows.view(torch.float8_e4m3fn), f"{QKV}_scale": torch.ones(384)})
+
+    edit(copy / FILE, change)
+    with pytest.raises(DataError, match=f"tensor {QKV} holds NaN"):
+        load_transformer(find_checkpoint(str(copy)), torch.float32, "cpu", keep_fp8=True)
+
+
+@pytest.mark.parametrize("shape", [(384,), (384, 1), ()])
 def test_fp8_scales_of_rows_columns_and_one_number_are_applied(copy, shape):
     def change(tensors):
         tensors[QKV] = torch.ones(384, 128).to(torch.float8_e4m3fn)
@@ -219,11 +269,13 @@ def test_a_text_encoder_of_another_depth_or_width_is_refused(copy):
 
 def test_a_text_encoder_saved_with_its_language_head_loads(copy):
     path = copy / "text_encoder/model.safetensors"
-    expected = load_text_encoder(find_checkpoint(str(copy)), torch.float32, "cpu").state_dict()
+    expected = load_text_encoder(find_checkpoint(str(copy)), torch.float32, "cpu")
+    block, embedded = expected.block(5).state_dict(), expected.embed([3, 1, 3])
     tensors = {f"model.{name}": tensor for name, tensor in load_file(path).items()}
     save_file(tensors | {"lm_head.weight": torch.zeros(4, 4)}, path)
-    got = load_text_encoder(find_checkpoint(str(copy)), torch.float32, "cpu").state_dict()
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    got = load_text_encoder(find_checkpoint(str(copy)), torch.float32, "cpu")
+    assert all(torch.equal(tensor, block[name]) for name, tensor in got.block(5).state_dict().items())
+    assert torch.equal(got.embed([3, 1, 3]), embedded)
 
 
 def test_a_tokenizer_that_cannot_be_read_is_named(copy):

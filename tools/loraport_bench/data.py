@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from loraport.errors import BackendError, DataError
-from loraport_bench.rows import TEXT_TOKENS
 
 _PHOTOGRAPHS = Path("examples", "quickstart", "images")
 
@@ -36,10 +35,11 @@ def photographs(given: Path | None) -> Path:
     )
 
 
-def make_dataset(source: Path, folder: Path, resolution: int, checkpoint: Path) -> Path:
-    """The photographs as squares of `resolution`, their captions exactly TEXT_TOKENS tokens long; made once."""
+def make_dataset(source: Path, work: Path, resolution: int, text: int, checkpoint: Path) -> Path:
+    """The photographs as squares of `resolution`, their captions exactly `text` tokens long; made once."""
     from PIL import Image, ImageOps
 
+    folder = work / f"images-{checkpoint.name}-{resolution}-{text}"
     if folder.exists():
         return folder
     unfinished = folder.with_name(f".{folder.name}")
@@ -51,7 +51,7 @@ def make_dataset(source: Path, folder: Path, resolution: int, checkpoint: Path) 
         square.save(unfinished / f"{file.stem}.png")
         words = file.with_suffix(".json").read_text(encoding="utf-8")
         (unfinished / f"{file.stem}.txt").write_text(words, encoding="utf-8")
-    child([sys.executable, "-m", "loraport_native.lengthen", str(checkpoint), str(TEXT_TOKENS), str(unfinished)])
+    child([sys.executable, "-m", "loraport_native.lengthen", str(checkpoint), str(text), str(unfinished)])
     os.replace(unfinished, folder)
     return folder
 

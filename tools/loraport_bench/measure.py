@@ -23,7 +23,7 @@ from loraport.run.record import read_events
 from loraport.spec.yaml_text import dump_yaml
 from loraport_bench.data import child, make_dataset
 from loraport_bench.monitor import DeviceMonitor
-from loraport_bench.rows import TEXT_TOKENS, Row, StockRow
+from loraport_bench.rows import Row, StockRow
 
 _MESSAGE = 400  # characters of a failure that are kept
 
@@ -74,7 +74,8 @@ def train_row(row: Row, bench: Bench, held: Held | None = None) -> dict[str, Any
             failed = [event.message for event in told if isinstance(event, events.Failed)]
             with contextlib.suppress(OSError):  # what else there is to learn of a failure
                 shutil.copy(run_dir / "log.txt", run_dir.with_suffix(".log"))
-            return {**_failure(code, failed[-1] if failed else said[-_MESSAGE:]), **numbers}
+            message = (failed[-1] if failed else said[-_MESSAGE:]).replace(str(bench.work), "…")
+            return {**_failure(code, message), **numbers}
         return {"status": "ok", **numbers}
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -85,9 +86,7 @@ def train_row(row: Row, bench: Bench, held: Held | None = None) -> dict[str, Any
 def spec_of(row: Row, bench: Bench, held: Held | None = None) -> dict[str, Any]:
     """The spec of a row. Each image comes once for each of a batch, so that every batch is whole."""
     steps = bench.warm_up + bench.steps
-    data = make_dataset(
-        bench.images, bench.work / f"images-{row.resolution}-{bench.checkpoint.name}", row.resolution, bench.checkpoint
-    )
+    data = make_dataset(bench.images, bench.work, row.resolution, row.text, bench.checkpoint)
     return {
         "version": 1,
         "name": row.name,
@@ -161,7 +160,7 @@ def summarise(told: Iterable[Event], warm_up: int, monitor: DeviceMonitor) -> di
 
 def stock_row(row: StockRow, bench: Bench) -> dict[str, Any]:
     """Run diffusers' own recipe in a process of its own; its numbers by the same names."""
-    wanted = {"resolution": row.resolution, "rank": row.rank, "batch": row.batch, "text": TEXT_TOKENS}
+    wanted = {"resolution": row.resolution, "rank": row.rank, "batch": row.batch, "text": row.text}
     options = [part for name, value in wanted.items() for part in (f"--{name}", str(value))]
     options += ["--steps", str(bench.steps), "--warm-up", str(bench.warm_up)]
     try:

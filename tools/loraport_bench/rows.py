@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from loraport.errors import SpecError, unknown
 
-TEXT_TOKENS = 512  #: of every caption
 Stock = Literal["bf16", "fp8", "nf4"]
 
 
@@ -31,6 +30,7 @@ class Row:
     name: str
     memory: dict[str, Any]  #: the spec's section
     resolution: int = 1024
+    text: int = 512  #: tokens of every caption
     rank: int = 32
     batch: int = 1
     optimizer: str = "adamw"
@@ -46,6 +46,7 @@ class StockRow:
 
     kind: Stock
     resolution: int
+    text: int
     rank: int
     batch: int
 

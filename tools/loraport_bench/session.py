@@ -15,7 +15,7 @@ from loraport_bench.floor import Dimensions, floor_gib, floor_seconds, tokens
 from loraport_bench.measure import Bench, Held, rate_row, stock_row, train_row
 from loraport_bench.monitor import machine
 from loraport_bench.results import DataFile, versions
-from loraport_bench.rows import TEXT_TOKENS, Row, StockRow
+from loraport_bench.rows import Row, StockRow
 
 RATE = "rate"
 Tell = Callable[[str], None]
@@ -36,7 +36,7 @@ class Session:
         self._measure(RATE, None, {}, lambda: rate_row(self.bench))
         for row in rows:
             if row.stock:
-                stock = StockRow(row.stock, row.resolution, row.rank, row.batch)
+                stock = StockRow(row.stock, row.resolution, row.text, row.rank, row.batch)
                 self._measure(stock.name, None, _settings(stock, self.bench), lambda: stock_row(stock, self.bench))  # noqa: B023
             self._measure(row.name, None, _settings(row, self.bench), lambda: self._step(row))  # noqa: B023
 
@@ -67,7 +67,7 @@ class Session:
 
     def _step(self, row: Row) -> dict[str, Any]:
         numbers = train_row(row, self.bench)
-        rate, length = self.file.good(RATE), tokens(row.resolution, TEXT_TOKENS)
+        rate, length = self.file.good(RATE), tokens(row.resolution, row.text)
         if "step_s" not in numbers or rate is None:
             return numbers
         median = numbers["step_s"]["median"]
@@ -126,7 +126,7 @@ def _settings(row: Row | StockRow, bench: Bench) -> dict[str, Any]:
     config = read_config(bench.checkpoint)
     common = {
         "resolution": row.resolution,
-        "text_tokens": TEXT_TOKENS,
+        "text_tokens": row.text,
         "rank": row.rank,
         "batch": row.batch,
         "steps": bench.steps,

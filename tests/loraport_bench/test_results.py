@@ -10,9 +10,11 @@ import pytest
 
 from loraport.errors import DataError
 from loraport.run import events
-from loraport_bench import table
+from loraport.run.api import plan
+from loraport.spec.load import build_spec
+from loraport_bench import measure, table
 from loraport_bench.floor import Dimensions, floor_gib, floor_seconds, tokens
-from loraport_bench.measure import spread, summarise
+from loraport_bench.measure import Bench, Held, spec_of, spread, summarise
 from loraport_bench.monitor import DeviceMonitor
 from loraport_bench.results import DataFile
 from loraport_bench.rows import QUALITY_ROWS, ROWS, Bar, Row
@@ -184,3 +186,15 @@ def test_rows_that_share_a_stock_recipe_are_of_one_size_and_bars_name_rows_that_
     names = [row.name for row in (*ROWS, *QUALITY_ROWS)]
     assert len(names) == len(set(names))
     assert {row.bar.of for row in ROWS if row.bar.of} <= set(names)
+
+
+@pytest.mark.parametrize("row", [*ROWS, *QUALITY_ROWS], ids=lambda row: row.name)
+def test_the_native_trainer_takes_every_row_as_it_is(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "make_dataset", lambda *arguments: tmp_path)
+    bench = Bench(tmp_path / "model", tmp_path, tmp_path, steps=30, warm_up=10)
+    held = Held(1) if row in QUALITY_ROWS else None
+    spec = build_spec(spec_of(row, bench, held), base=tmp_path, origin=row.name).spec
+    made = plan(spec, "native", tmp_path / "run")
+    made.check()
+    assert not made.not_exact()
+    assert made.spec.train.steps == 40

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from loraport.errors import SpecError
-from loraport_native.device import check_device, choose_device, make_deterministic
+from loraport_native.device import check_device, choose_device, free_memory_bytes, limit_memory, make_deterministic
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,28 @@ def test_a_card_beyond_the_last_is_refused(make_spec, monkeypatch) -> None:
         choose_device(make_spec(backend={"options": {"device": "cuda:2"}}))
 
 
+@pytest.mark.parametrize("cards", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"device": "auto"}, {"device": "cuda"}])
+def test_more_gpus_than_there_are_is_refused(make_spec, monkeypatch, cards: int, options: dict[str, str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    with pytest.raises(SpecError, match=rf"train\.gpus: 2, but .*: {cards}\.") as caught:
+        choose_device(make_spec(train={"gpus": 2}, backend={"options": options}))
+    assert "train.gpus: 1" in str(caught.value)
+
+
+def test_each_process_of_several_has_a_card_of_its_own(make_spec, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    spec = make_spec(train={"gpus": 2}, backend={"options": {}})
+    assert [choose_device(spec, rank) for rank in (0, 1)] == [torch.device("cuda:0"), torch.device("cuda:1")]
+    spec = make_spec(train={"gpus": 2}, backend={"options": {"device": "cuda:1"}})
+    with pytest.raises(SpecError, match=r"backend\.options\.device: 'cuda:1'.*train\.gpus is 2"):
+        choose_device(spec)
+    spec = make_spec(train={"gpus": 3}, backend={"options": {"device": "cpu"}})
+    assert choose_device(spec, 2) == torch.device("cpu")
+
+
 @pytest.mark.parametrize("method", ["fp8", "int8", "nf4"])
 def test_quantisation_on_mps_is_refused(make_spec, method: str) -> None:
     with pytest.raises(SpecError, match=r"memory\.storage"):
@@ -60,3 +84,27 @@ def test_deterministic_algorithms_are_used_only_when_asked_for(make_spec) -> Non
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_memory_limit_is_a_share_of_the_card_and_counts_in_what_is_free(make_spec, monkeypatch) -> None:
+    card, gib = torch.device("cuda"), 2**30
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 * gib))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    for limit in (6, 24, 48):
+        limit_memory(make_spec(backend={"options": {"memory_limit_gib": limit}}), card)
+    limit_memory(make_spec(backend={"options": {}}), card)
+    assert shares == [0.25, 1.0, 1.0]
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * gib, 24 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: gib)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: gib)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
+    assert free_memory_bytes(card) == 5 * gib
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    assert free_memory_bytes(card) == 20 * gib
+
+
+def test_a_memory_limit_off_cuda_is_refused(make_spec) -> None:
+    with pytest.raises(SpecError, match="memory_limit_gib"):
+        limit_memory(make_spec(backend={"options": {"memory_limit_gib": 6}}), torch.device("cpu"))

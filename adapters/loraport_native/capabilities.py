@@ -138,7 +138,11 @@ def _lora(table: VerdictTable) -> None:
 
 
 def _train(table: VerdictTable) -> None:
-    table.exact("train.gpus", reason="one process a GPU; gradients of the adapter are averaged over them")
+    table.exact(
+        "train.gpus",
+        reason="one process a GPU; a step takes batch_size × gradient_accumulation × gpus images, as on one GPU that "
+        "accumulates gpus times as much",
+    )
     table.exact("train.steps", "train.batch_size", "train.gradient_accumulation", reason="steps are optimizer steps")
     table.exact("train.learning_rate", "train.weight_decay", reason="passed to the optimizer")
     libraries = {

@@ -31,7 +31,7 @@ def choose_device(spec: TrainSpec, rank: int = 0) -> torch.device:
         )
     if spec.train.gpus > cards:
         raise SpecError(
-            f"train.gpus: {spec.train.gpus}, but CUDA GPUs on this machine that torch can use: {cards}.",
+            f"train.gpus: {spec.train.gpus} are asked for, and torch can use {cards} CUDA GPUs on this machine.",
             hint=f"Set train.gpus: {max(1, cards)}; train.gradient_accumulation makes up for the others.",
         )
     return torch.device("cuda", rank)

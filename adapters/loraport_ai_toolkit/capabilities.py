@@ -11,8 +11,10 @@ from loraport.spec.models import TrainSpec, leaf_fields, value_at
 #: Below this rate ai-toolkit runs Prodigy at 1.
 PRODIGY_LOWEST_RATE = 0.1
 
-#: Ways that ai-toolkit stores frozen weights, by the spec's name.
+#: Ways that ai-toolkit stores frozen weights, by the spec's name, to be unpacked for each product.
 QTYPES = {"fp8": "qfloat8", "int8": "int8"}
+#: Its int8 with products in int8: weights and activations are rotated first, so that one scale a row is enough.
+INT8_COMPUTE = "convrot8"
 
 _FRACTION = "0 to 1"
 OPTIONS = {
@@ -206,7 +208,7 @@ def _lora(table: VerdictTable) -> None:
 
 def _train(table: VerdictTable) -> None:
     train = table.spec.train
-    table.choose("train.gpus", [1], "one process", "set train.gpus: 1")
+    table.choose("train.gpus", [1], "one process", "ai-toolkit trains on one GPU: set it to 1, or choose native")
     table.exact("train.steps", reason="optimizer steps; a step that ran out of memory is skipped, counted and told")
     if train.batch_size == 1:
         table.exact("train.batch_size", reason="one image a step")
@@ -289,7 +291,18 @@ def _memory(table: VerdictTable) -> None:
             "fp8 is quanto's qfloat8, or torchao's float8 while layers are offloaded",
             "choose one of these",
         )
-    table.choose("memory.compute", ["model"], "weights are unpacked for each product", "set memory.compute: model")
+    if memory.compute == "model":
+        table.exact("memory.compute", reason="weights are unpacked for each product")
+    elif (memory.storage, memory.compute) == ("int8", "int8"):
+        table.approximated(
+            "memory.compute", reason=f"qtype: {INT8_COMPUTE}, rotated weights and activations; backward in model.dtype"
+        )
+    else:
+        table.refused(
+            "memory.compute",
+            reason="ai-toolkit computes in 8 bits with int8 alone: set memory.compute: model, or storage and compute "
+            "to int8",
+        )
     if "qtype_te" in table.spec.backend.options:
         table.defaulted("memory.text_encoder", reason=f"options.qtype_te: {table.spec.backend.options['qtype_te']}")
     else:
@@ -298,15 +311,16 @@ def _memory(table: VerdictTable) -> None:
         )
     table.choose(
         "memory.offload",
-        [None, "none", "group"],
+        ["none", "group"],
         "layer_offloading; options.layer_offloading_transformer_percent says for how many layers (all)",
-        "set memory.offload: none or group",
+        "ai-toolkit moves neither activations nor from disk: set memory.offload: none or group",
     )
     table.choose(
         "memory.compile",
-        [None, "none", "regional"],
-        "block_compile; where compiling fails ai-toolkit goes on without it, and the run says so",
-        "set memory.compile: none or regional",
+        ["none", "regional", "full"],
+        "compile, with block_compile for regional; where compiling fails ai-toolkit goes on without it, and the run "
+        "says so",
+        "choose one of these",
     )
     if memory.gradient_checkpointing in ("none", "full"):
         table.exact("memory.gradient_checkpointing", reason="every block is recomputed in the backward pass, or none")

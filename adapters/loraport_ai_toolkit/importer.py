@@ -13,7 +13,7 @@ from typing import Any
 from loraport.errors import SpecError
 from loraport.importing import Imported
 from loraport.spec.load import parse_yaml
-from loraport_ai_toolkit.capabilities import MODULES, PRODIGY_LOWEST_RATE, matching_modules
+from loraport_ai_toolkit.capabilities import INT8_COMPUTE, MODULES, PRODIGY_LOWEST_RATE, matching_modules
 from loraport_ai_toolkit.known_keys import HARMLESS
 from loraport_ai_toolkit.translate import NO_CLIPPING, OWN, TEXT_ENCODER
 
@@ -157,12 +157,14 @@ class _Import:
         quantized = model.pop("quantize", False)
         qtype, quantized_te = model.pop("qtype", "qfloat8"), model.pop("quantize_te", quantized)
         qtype_te = model.pop("qtype_te", "qfloat8")
-        quantize = "none"
+        quantize, compute = "none", "model"
         if quantized and qtype in ("nf4", "int4", "fp8"):
             self.note(f"model.qtype: {qtype!r} ends ai-toolkit with a KeyError; fp8 (its qfloat8) was taken")
             quantize, qtype = "fp8", "qfloat8"
         elif quantized and qtype == "uint8":
             self.note("model.qtype: 'uint8' quantises nothing")
+        elif quantized and qtype == INT8_COMPUTE:
+            quantize, compute = "int8", "int8"
         elif quantized and qtype in _QUANTIZE:
             quantize = _QUANTIZE[qtype]
         elif quantized:
@@ -184,14 +186,13 @@ class _Import:
         if bool(low_vram) != (quantize != "none" or "qtype" in options or offloaded):
             options["low_vram"] = bool(low_vram)
         compiled, by_block = model.pop("compile", False), model.pop("block_compile", False)
-        if compiled and not by_block:
-            self.note("model.compile: the whole model; the spec compiles each block, which takes less time")
         self._leftovers("model", model)
         return {
             "storage": quantize,
+            "compute": compute,
             "text_encoder": text_encoder or "none",
             "offload": "group" if offloaded else "none",
-            "compile": "regional" if compiled else "none",
+            "compile": "none" if not compiled else "regional" if by_block else "full",
             "gradient_checkpointing": self._checkpointing,
         }
 

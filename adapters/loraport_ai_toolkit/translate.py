@@ -10,7 +10,7 @@ from loraport.planning import Context, Translation
 from loraport.spec.models import TrainSpec
 from loraport.spec.yaml_text import dump_yaml
 from loraport_ai_toolkit import layout
-from loraport_ai_toolkit.capabilities import QTYPES, matching_modules, timestep_type, verdicts
+from loraport_ai_toolkit.capabilities import INT8_COMPUTE, QTYPES, matching_modules, timestep_type, verdicts
 
 #: The text encoder that ai-toolkit downloads when it is given none.
 TEXT_ENCODER = "Qwen/Qwen3-VL-8B-Instruct"
@@ -212,21 +212,20 @@ def _model(spec: TrainSpec) -> dict[str, Any]:
     quantized = "qtype" in options or memory.storage in QTYPES
     quantized_te = "qtype_te" in options or memory.text_encoder in QTYPES
     offloaded = memory.offload == "group"
-    qtype = options.get("qtype", QTYPES.get(memory.storage or "none", "qfloat8"))
-    compiled = memory.compile == "regional"
+    qtype = INT8_COMPUTE if memory.compute == "int8" else QTYPES.get(memory.storage or "none", "qfloat8")
     return {
         "name_or_path": spec.model.checkpoint,
         "arch": options.get("arch", "ideogram4"),
         "quantize": quantized,
-        "qtype": qtype,
+        "qtype": options.get("qtype", qtype),
         "quantize_te": quantized_te,
         "qtype_te": options.get("qtype_te", QTYPES.get(memory.text_encoder or "none", "qfloat8")),
         "low_vram": options.get("low_vram", quantized or offloaded),
         "layer_offloading": offloaded,
         "layer_offloading_transformer_percent": options.get("layer_offloading_transformer_percent", 1.0),
         "layer_offloading_text_encoder_percent": options.get("layer_offloading_text_encoder_percent", 1.0),
-        "compile": compiled,
-        "block_compile": compiled,
+        "compile": memory.compile != "none",
+        "block_compile": memory.compile == "regional",
         "model_kwargs": {
             "text_encoder_path": options.get("text_encoder_path", TEXT_ENCODER),
             "max_text_length": spec.dataset.max_text_tokens,

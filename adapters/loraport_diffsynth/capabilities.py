@@ -7,7 +7,7 @@ option `script`, which runs a checkout's own training script instead, those fall
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from loraport.planning import Verdict, VerdictTable
 from loraport.spec.models import TrainSpec, leaf_fields, value_at
@@ -27,8 +27,10 @@ OPTIMIZERS = {
     "lion": "lion_pytorch.Lion",
 }
 
-#: spec's quantisation → DiffSynth's method.
+#: spec's storage → DiffSynth's method, for weights that are unpacked for each product.
 METHODS = {"fp8": "torchao_fp8_w8a16", "int8": "torchao_int8_w8a16", "nf4": "bitsandbytes_nf4"}
+#: The same for products in 8 bits, by storage and compute.
+COMPUTED = {("fp8", "fp8"): "comfy_kitchen_fp8_w8a8", ("int8", "int8"): "comfy_kitchen_int8_w8a8"}
 
 #: Hub checkpoints whose weights are stored so already, which DiffSynth then keeps whatever it is told.
 PREQUANTIZED = {"ideogram-ai/ideogram-4-fp8": "fp8", "ideogram-ai/ideogram-4-nf4": "nf4"}
@@ -47,12 +49,24 @@ def is_split(spec: TrainSpec) -> bool:
     chosen = spec.backend.options.get("split")
     if isinstance(chosen, bool):
         return chosen
-    return (spec.memory.storage != "none" or spec.memory.offload != "none") and not _cannot_split(spec)
+    memory = spec.memory
+    saves = (memory.storage, memory.text_encoder, memory.offload) != ("none", "none", "none")
+    return saves and not _cannot_split(spec)
 
 
 def _cannot_split(spec: TrainSpec) -> bool:
     """A checkout's script keeps the transformer on disk while it encodes, which fails for one stored quantised."""
     return own_script(spec) is not None and spec.model.checkpoint in PREQUANTIZED
+
+
+def method_of(spec: TrainSpec, part: Literal["transformer", "text_encoder"]) -> str | None:
+    """DiffSynth's method of quantising a part, or None where it stays as it is stored."""
+    memory = spec.memory
+    if spec.model.checkpoint in PREQUANTIZED:
+        return None
+    if part == "text_encoder":
+        return METHODS.get(memory.text_encoder or "none")
+    return COMPUTED.get((memory.storage or "none", memory.compute or "model"), METHODS.get(memory.storage or "none"))
 
 
 def own_script(spec: TrainSpec) -> str | None:
@@ -163,7 +177,6 @@ def _lora(table: VerdictTable) -> None:
 def _train(table: VerdictTable, resume: bool) -> None:
     spec = table.spec
     train, script = spec.train, own_script(spec)
-    table.choose("train.gpus", [1], "one process", "set train.gpus: 1")
     table.exact("train.steps", reason="as many rows of metadata.jsonl as are trained, in one epoch")
     if train.batch_size == 1:
         table.exact("train.batch_size", "train.gradient_accumulation", reason="DiffSynth takes image by image")
@@ -234,11 +247,8 @@ def _memory(table: VerdictTable) -> None:
         else:
             how = "--quant_options" if wanted != "none" else "stored as it is"
             table.choose(path, ["none", *METHODS], how + split, "choose one of these")
-    table.choose("memory.compute", ["model"], "unpacked to bf16 for each product", "set memory.compute: model")
-    if memory.offload == "group":
-        table.approximated("memory.offload", reason="--enable_model_cpu_offload: single layers visit the device")
-    else:
-        table.choose("memory.offload", ["none", "group"], "everything stays on the device", "choose one of these")
+    _compute(table)
+    _offload(table)
     if memory.compile == "none":
         table.exact("memory.compile", reason="no compilation, as in DiffSynth")
     else:
@@ -247,6 +257,55 @@ def _memory(table: VerdictTable) -> None:
         table.exact("memory.gradient_checkpointing", reason="--use_gradient_checkpointing, or without it")
     else:
         table.approximated("memory.gradient_checkpointing", reason="full: DiffSynth has no dial")
+    if spec.train.gpus == 1:
+        table.exact("train.gpus", reason="one process")
+    else:
+        table.refused(
+            "train.gpus",
+            reason="DiffSynth's rows, steps and saves are laid out for one process here: set it to 1, or choose native",
+        )
+
+
+def _compute(table: VerdictTable) -> None:
+    memory = table.spec.memory
+    stored = PREQUANTIZED.get(table.spec.model.checkpoint)
+    if memory.compute == "model":
+        table.exact("memory.compute", reason="weights are unpacked to bf16 for each product")
+    elif stored:
+        table.defaulted("memory.compute", reason=f"model: a checkpoint that is stored in {stored} is unpacked to bf16")
+    elif (memory.storage, memory.compute) in COMPUTED:
+        method = COMPUTED[memory.storage or "", memory.compute or ""]
+        table.approximated(
+            "memory.compute",
+            reason=f"--quant_options {method}: forward, with one scale for all of an activation; backward in bf16",
+        )
+    else:
+        table.refused(
+            "memory.compute",
+            reason=f"DiffSynth computes in {memory.compute} with weights stored so alone: set memory.storage: "
+            f"{memory.compute}, or memory.compute: model",
+        )
+
+
+def _offload(table: VerdictTable) -> None:
+    memory = table.spec.memory
+    if memory.offload == "none":
+        table.exact("memory.offload", reason="everything stays on the device")
+    elif memory.offload == "group":
+        table.approximated(
+            "memory.offload", reason="--enable_model_cpu_offload: single layers visit the device; CUDA only"
+        )
+    elif memory.offload != "group+activations":
+        table.refused("memory.offload", reason="DiffSynth streams from host memory only: set it to group, or none")
+    elif memory.gradient_checkpointing == "none":
+        table.refused(
+            "memory.offload",
+            reason="DiffSynth moves only what checkpointing saves: set memory.gradient_checkpointing: full",
+        )
+    else:
+        table.approximated(
+            "memory.offload", reason="--enable_model_cpu_offload and --use_gradient_checkpointing_offload; CUDA only"
+        )
 
 
 def _outputs(table: VerdictTable) -> None:

@@ -17,7 +17,7 @@ from loraport.errors import SpecError
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.importing import Imported
 from loraport_diffsynth.arguments import DEFAULTS, Options, commands_in, parse
-from loraport_diffsynth.capabilities import METHODS, OPTIMIZERS, PREQUANTIZED
+from loraport_diffsynth.capabilities import COMPUTED, METHODS, OPTIMIZERS, PREQUANTIZED
 from loraport_diffsynth.translate import TEXT_ENCODER, TRANSFORMER, VAE
 
 #: Options that say nothing a spec would, or what this adapter sets itself.
@@ -270,21 +270,31 @@ class _Reader:
         return targets_of(text)
 
     def _memory(self) -> dict[str, Any]:
-        known = {method: name for name, method in METHODS.items()}
-        stored = {"storage": "none", "text_encoder": "none"}
+        known = {method: (name, "model") for name, method in METHODS.items()}
+        known |= {method: pair for pair, method in COMPUTED.items()}
+        stored = {"storage": "none", "compute": "model", "text_encoder": "none"}
         for entry in filter(None, str(self._take("quant_options") or "").split(";")):
             model, _, rest = entry.rpartition(":")
             method = rest.partition("/")[0]
             if method in known:
-                stored["text_encoder" if "text_encoder" in model else "storage"] = known[method]
+                storage, compute = known[method]
+                part = (
+                    {"text_encoder": storage} if "text_encoder" in model else {"storage": storage, "compute": compute}
+                )
+                stored |= part
             else:
                 self.notes.append(f"--quant_options with {method}: a spec knows {', '.join(known)}.")
         return {
             **stored,
-            "offload": "group" if self._take("enable_model_cpu_offload") else "none",
+            "offload": self._offload(),
             "compile": "none",
             "gradient_checkpointing": bool(self._take("use_gradient_checkpointing")),
         }
+
+    def _offload(self) -> str:
+        if not self._take("enable_model_cpu_offload"):
+            return "none"
+        return "group+activations" if self._take("use_gradient_checkpointing_offload") else "group"
 
     def _save(self, per_step: int) -> dict[str, Any]:
         every = self._take("save_steps")

@@ -14,11 +14,10 @@ from loraport.ideogram4 import IDEOGRAM4
 from loraport.planning import Context, Kind, Translation
 from loraport.spec.models import TrainSpec
 from loraport_diffsynth.capabilities import (
-    METHODS,
     OPTIMIZERS,
-    PREQUANTIZED,
     is_local,
     is_split,
+    method_of,
     own_script,
     verdicts,
 )
@@ -166,7 +165,8 @@ def _checkpointing(spec: TrainSpec) -> list[str]:
 
 
 def _offloading(spec: TrainSpec) -> list[str]:
-    return ["--enable_model_cpu_offload"] if spec.memory.offload == "group" else []
+    layers = ["--enable_model_cpu_offload"] if spec.memory.offload != "none" else []
+    return layers + (["--use_gradient_checkpointing_offload"] if spec.memory.offload == "group+activations" else [])
 
 
 def _extra(spec: TrainSpec) -> list[str]:
@@ -188,9 +188,6 @@ def _models(spec: TrainSpec, parts: list[str]) -> list[str]:
 
 
 def _quantized(spec: TrainSpec, parts: list[str]) -> list[str]:
-    if spec.model.checkpoint in PREQUANTIZED:
-        return []
-    storage = {TRANSFORMER: spec.memory.storage, TEXT_ENCODER: spec.memory.text_encoder}
-    methods = {part: METHODS.get(storage[part] or "none") for part in parts}
+    methods = {part: method_of(spec, "transformer" if part == TRANSFORMER else "text_encoder") for part in parts}
     options = [f"{_model(spec, part)}:{method}" for part, method in methods.items() if method]
     return ["--quant_options", ";".join(options)] if options else []

@@ -5,8 +5,8 @@ from __future__ import annotations
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.planning import Verdict, VerdictTable
 from loraport.spec.models import TrainSpec
-from loraport_simpletuner import mapping
-from loraport_simpletuner.recipe import SUPPORTED, has_group_offload
+from loraport_simpletuner import mapping, memory
+from loraport_simpletuner.recipe import SUPPORTED
 
 
 def verdicts(spec: TrainSpec) -> list[Verdict]:
@@ -18,7 +18,7 @@ def verdicts(spec: TrainSpec) -> list[Verdict]:
     _regularization(table)
     _lora(table)
     _train(table)
-    _memory(table)
+    memory.judge(table)
     _save(table)
     _sample(table)
     _validation(table)
@@ -167,7 +167,6 @@ def _lora(table: VerdictTable) -> None:
 
 def _train(table: VerdictTable) -> None:
     train = table.spec.train
-    table.choose("train.gpus", [1], "num_processes", "set train.gpus: 1")
     table.exact("train.steps", reason="max_train_steps; they are optimizer steps")
     table.exact("train.batch_size", "train.gradient_accumulation", reason="passed on")
     table.exact("train.learning_rate", reason="passed on")
@@ -215,50 +214,6 @@ def _schedule(table: VerdictTable) -> None:
         table.ignored("train.warmup_steps", reason="SimpleTuner's cosine takes lr_warmup_steps for its own length")
     else:
         table.exact("train.warmup_steps", reason="lr_warmup_steps")
-
-
-def _memory(table: VerdictTable) -> None:
-    memory, base = table.spec.memory, mapping.base_of(table.spec)
-    table.exact("memory.profile", "memory.quantize", reason="already filled into the fields below")
-    if isinstance(base, str):
-        table.refused("memory.storage", reason=base)
-    elif base.precision == "no_change":
-        table.exact(
-            "memory.storage",
-            reason="fp8 weights of the checkpoint are unpacked"
-            if base.upcast
-            else "the checkpoint's own, kept as it is",
-        )
-    else:
-        table.approximated(
-            "memory.storage", reason=f"base_model_precision: {base.precision}, over more than the blocks"
-        )
-    table.choose("memory.compute", ["model"], "mixed_precision", "set memory.compute: model")
-    if memory.text_encoder == "none":
-        table.exact("memory.text_encoder", reason="text_encoder_1_precision: no_change")
-    else:
-        table.defaulted("memory.text_encoder", reason="text_encoder_1_precision: no_change, as the checkpoint has it")
-    if memory.offload == "none":
-        table.exact("memory.offload", reason="every block stays on the device")
-    elif memory.offload == "group":
-        how = (
-            "diffusers' group offloading"
-            if has_group_offload(mapping.version_of(table.spec))
-            else f"musubi_blocks_to_swap: {mapping.SWAPPABLE}, as group offloading left SimpleTuner in 4.9"
-        )
-        table.approximated("memory.offload", reason=f"{how}; CUDA only")
-    else:
-        table.refused("memory.offload", reason="only none and group; choose one of these")
-    table.choose(
-        "memory.compile",
-        ["none", "regional"],
-        "dynamo_backend with dynamo_use_regional_compilation",
-        "set memory.compile: regional",
-    )
-    if memory.gradient_checkpointing in ("none", "full"):
-        table.exact("memory.gradient_checkpointing", reason="gradient_checkpointing: every block, or none")
-    else:
-        table.approximated("memory.gradient_checkpointing", reason="full: SimpleTuner has no dial")
 
 
 def _save(table: VerdictTable) -> None:
@@ -332,6 +287,8 @@ def _options(table: VerdictTable) -> None:
         table.refused("backend.options", reason=f"version {options['version']!r} is not in {SUPPORTED}")
     elif not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         table.refused("backend.options", reason="config is a mapping of SimpleTuner's keys")
+    elif memory.conflict(table.spec) is not None:
+        table.refused("backend.options", reason=f"config: {memory.conflict(table.spec)}")
     elif config:
         table.approximated(
             "backend.options",

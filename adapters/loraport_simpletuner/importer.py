@@ -37,6 +37,18 @@ _DEFAULTS: dict[str, Any] = {
     "grad_clip_method": "value",
     "validation_step_interval": 100,
 }
+_PRECISIONS = {theirs: ours for ours, theirs in mapping.PRECISIONS.items()} | {
+    "int8-quanto": ("int8", "model"),
+    "fp8-quanto": ("fp8", "model"),
+}
+_TEXT_ENCODER = {
+    "no_change": "none",
+    "fp8wo-torchao": "fp8",
+    "fp8-torchao": "fp8",
+    "fp8-quanto": "fp8",
+    "int8-torchao": "int8",
+    "int8-quanto": "int8",
+}
 #: Keys that say nothing a spec could hold, or that this adapter always writes the same.
 _SILENT = frozenset(
     [
@@ -66,15 +78,12 @@ _SILENT = frozenset(
         "text_embed_full_cache",
         "data_backend_sampling",
         "disable_bucket_pruning",
-        "text_encoder_1_precision",
         "quantize_via",
         "vae_dtype",
         "base_model_default_dtype",
-        "ramtorch",
         "group_offload_type",
         "group_offload_blocks_per_group",
         "group_offload_use_stream",
-        "dynamo_use_regional_compilation",
         "validation_disable",
         "validation_disable_unconditional",
         "validation_negative_prompt",
@@ -125,7 +134,7 @@ class _Import:
             "model": {"family": "ideogram4"} | self._model() | carried.get("model", {}),
             "dataset": self._dataset() | carried.get("dataset", {}),
             "lora": self._lora(),
-            "train": self._train(),
+            "train": self._train() | carried.get("train", {}),
             "memory": self._memory() | carried.get("memory", {}),
             "save": {"every": self.get("checkpoint_step_interval"), "keep": self.get("checkpoints_total_limit")}
             | carried.get("save", {}),
@@ -309,6 +318,7 @@ class _Import:
         self.read.add("ema_decay")
         return {
             "steps": int(steps),
+            "gpus": int(self.take("num_processes") or 1),
             "batch_size": self.get("train_batch_size"),
             "gradient_accumulation": self.take("gradient_accumulation_steps", 1),
             "learning_rate": float(self.get("learning_rate")),
@@ -349,23 +359,48 @@ class _Import:
     def _memory(self) -> dict[str, Any]:
         precision = self.take("base_model_precision", "no_change")
         upcast, flavour = bool(self.take("ideogram_fp8_base_upcast", False)), self.config.get("model_flavour", "fp8")
-        by_precision = {"fp8-torchao": "fp8", "int8-torchao": "int8", "int8-quanto": "int8", "fp8-quanto": "fp8"}
-        if precision in by_precision:
-            quantize = by_precision[precision]
-        elif precision == "no_change":
-            quantize = "none" if upcast else str(flavour)
+        if precision == "no_change":
+            storage, compute = ("none" if upcast else str(flavour)), "model"
+        elif precision in _PRECISIONS:
+            storage, compute = _PRECISIONS[precision]
         else:
-            quantize = "fp8"
-            self.note("base_model_precision", precision, "fp8 was taken")
-        swapped = int(self.take("musubi_blocks_to_swap", 0) or 0) > 0
-        grouped = bool(self.take("enable_group_offload", False))
-        compiled = self.take("dynamo_backend", "no") not in ("no", "", None)
+            storage, compute = "fp8", "model"
+            why = "quantises nothing of Ideogram" if precision == "nf4-bnb" else "is not in the spec"
+            self.note("base_model_precision", precision, f"{why}; fp8 was taken")
+        text_encoder = self.take("text_encoder_1_precision", "no_change")
+        if text_encoder not in _TEXT_ENCODER:
+            self.note("text_encoder_1_precision", text_encoder, "none was taken")
+        if self.take("musubi_blocks_to_swap") or self.take("ramtorch"):
+            self.notes.append("musubi_blocks_to_swap and ramtorch do nothing for Ideogram; memory.offload is none")
         return {
-            "storage": quantize,
-            "offload": "group" if swapped or grouped else "none",
-            "compile": "regional" if compiled else "none",
-            "gradient_checkpointing": self.get("gradient_checkpointing"),
+            "storage": storage,
+            "compute": compute,
+            "text_encoder": _TEXT_ENCODER.get(text_encoder, "none"),
+            "offload": self._offload(),
+            "compile": self._compile(),
+            "gradient_checkpointing": self._checkpointing(),
         }
+
+    def _offload(self) -> str:
+        unsloth = str(self.take("gradient_checkpointing_backend", "torch")).startswith("unsloth")
+        on_disk = self.take("group_offload_to_disk_path")
+        if self.take("enable_group_offload", False):
+            return "disk" if on_disk else "group+activations" if unsloth else "group"
+        if unsloth:
+            self.notes.append("gradient_checkpointing_backend: unsloth: the spec offloads activations with blocks only")
+        return "none"
+
+    def _compile(self) -> str:
+        regional = self.take("dynamo_use_regional_compilation", False)
+        if self.take("dynamo_backend", "no") in ("no", "", None):
+            return "none"
+        return "regional" if regional else "full"
+
+    def _checkpointing(self) -> str:
+        interval = int(self.take("gradient_checkpointing_interval") or 1)
+        if not self.get("gradient_checkpointing"):
+            return "none"
+        return "full" if interval == 1 else "selective"
 
     def _sample(self) -> dict[str, Any]:
         drawn = bool(self.take("ideogram_validation", False)) and not self.take("validation_disable", False)

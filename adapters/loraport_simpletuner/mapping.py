@@ -15,9 +15,8 @@ OFFICIAL = {"fp8": "ideogram-ai/ideogram-4-fp8", "nf4": "ideogram-ai/ideogram-4-
 #: The hub id a local checkpoint folder is linked under.
 LOCAL_ID = "loraport/local-checkpoint"
 
-#: Blocks of Ideogram 4; all but one can be swapped out.
+#: Blocks of Ideogram 4.
 LAYERS = 34
-SWAPPABLE = LAYERS - 1
 _LEAVES = ("attention.qkv", "attention.o", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaln_modulation")
 #: Also the name of a layer after the blocks, so it must be written out block by block.
 _AMBIGUOUS = "adaln_modulation"
@@ -29,6 +28,14 @@ OPTIMIZERS = {
     "adafactor": "torch-adafactor",
     "prodigy": "prodigy",
 }
+#: `base_model_precision` for weights that SimpleTuner quantises itself, by storage and compute.
+PRECISIONS: dict[tuple[str, str], str] = {
+    ("fp8", "model"): "fp8wo-torchao",
+    ("fp8", "fp8"): "fp8-torchao",
+    ("int8", "model"): "int8-torchao",
+    ("int8", "int8"): "int8dq-torchao",
+}
+MIXED_PRECISION = {"bf16": "bf16", "fp32": "no"}
 #: Options of backend.options.
 OPTIONS = {"version": "version of SimpleTuner to write keys for", "config": "further keys of its config.json"}
 
@@ -82,11 +89,10 @@ def base_of(spec: TrainSpec) -> Base | str:
         )
     if nf4:
         return f"{checkpoint} is nf4 already: set memory.storage: nf4, or model.checkpoint: {OFFICIAL['fp8']}"
-    if storage == "fp8":
-        return Base(checkpoint, flavour, "no_change" if fp8 else "fp8-torchao", False)
-    if storage == "int8":
-        return Base(checkpoint, flavour, "int8-torchao", False)
-    return Base(checkpoint, flavour, "no_change", True)
+    if storage in (None, "none") or (storage == "fp8" and fp8):
+        return Base(checkpoint, flavour, "no_change", upcast=storage != "fp8")
+    precision = PRECISIONS.get((storage, spec.memory.compute or "model"), PRECISIONS[storage, "model"])
+    return Base(checkpoint, flavour, precision, upcast=False)
 
 
 def alpha_of(spec: TrainSpec) -> float:
@@ -132,7 +138,7 @@ def repeats_of(spec: TrainSpec, repeats: int) -> int:
     SimpleTuner ends when some shape has fewer images, repeats counted, than one optimizer step takes. One image of a
     shape is always enough when it is repeated that often.
     """
-    return max(repeats, spec.train.batch_size * spec.train.gradient_accumulation)
+    return max(repeats, spec.train.batch_size * spec.train.gradient_accumulation * spec.train.gpus)
 
 
 def square_side(resolution: int) -> int:

@@ -9,9 +9,8 @@ from typing import Any
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.planning import Context, Kind, Translation
 from loraport.spec.models import TrainSpec
-from loraport_simpletuner import mapping
+from loraport_simpletuner import mapping, memory
 from loraport_simpletuner.capabilities import verdicts
-from loraport_simpletuner.recipe import has_group_offload
 
 #: SimpleTuner's working folder in the run folder; every path in its files is relative to it, so no character of the
 #: user's paths can trip it.
@@ -51,18 +50,20 @@ def translate(spec: TrainSpec, context: Context) -> Translation:
 def _launch(spec: TrainSpec) -> dict[str, Any]:
     content = spec.model_dump(mode="json")
     carried = {name: content[name] for name in CARRIED}
-    carried["memory"] = {"profile": content["memory"]["profile"]}
+    carried["memory"] = {name: content["memory"][name] for name in ("profile", "compute", "text_encoder")}
+    carried["train"] = {"gpus": spec.train.gpus}
     carried["save"] = {"dtype": content["save"]["dtype"]}
     del carried["model"]["dtype"]
     return {
         "python": content["backend"]["python"],
         "version": mapping.version_of(spec),
-        "arguments": ["-m", "simpletuner.train"],
+        "arguments": memory.arguments(spec),
         "env": {
             "CONFIG_BACKEND": "json",
             "SIMPLETUNER_LOG_LEVEL": "INFO",
             "SIMPLETUNER_DISABLE_COLORS": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            **memory.environment(spec),
         },
         "checkpoint": content["model"]["checkpoint"] if mapping.is_local(content["model"]["checkpoint"]) else None,
         "carried": carried,
@@ -114,7 +115,7 @@ def _config(spec: TrainSpec, resume: bool) -> dict[str, Any]:
         "text_embed_full_cache": mapping.is_local(spec.model.checkpoint),
         "data_backend_sampling": "auto-weighting",
         "disable_bucket_pruning": False,
-        **_memory(spec),
+        **memory.keys(spec),
         "checkpoint_step_interval": spec.save.every,
         "checkpoints_total_limit": spec.save.keep,
         **_sample(spec),
@@ -133,10 +134,9 @@ def _base(spec: TrainSpec) -> dict[str, Any]:
     return {
         "model_flavour": base.flavour,
         "pretrained_model_name_or_path": base.checkpoint,
-        "mixed_precision": {"bf16": "bf16", "fp32": "no"}[spec.model.dtype],
+        "mixed_precision": mapping.MIXED_PRECISION[spec.model.dtype],
         "base_model_default_dtype": spec.model.dtype,
         "base_model_precision": base.precision,
-        "text_encoder_1_precision": "no_change",
         "ideogram_fp8_base_upcast": base.upcast,
         "quantize_via": "accelerator",
         "vae_dtype": "bf16" if spec.model.dtype == "bf16" else "fp32",
@@ -174,25 +174,6 @@ def _lycoris(spec: TrainSpec) -> dict[str, Any]:
         },
     }
     return content | ({"factor": lora.factor} if lora.type == "lokr" else {})
-
-
-def _memory(spec: TrainSpec) -> dict[str, Any]:
-    memory = spec.memory
-    group, compiled = memory.offload == "group", memory.compile == "regional"
-    keys: dict[str, Any] = {
-        "gradient_checkpointing": memory.gradient_checkpointing != "none",
-        "dynamo_backend": "inductor" if compiled else "no",
-        "dynamo_use_regional_compilation": compiled,
-        "ramtorch": False,
-    }
-    if has_group_offload(mapping.version_of(spec)):
-        return keys | {
-            "enable_group_offload": group,
-            "group_offload_type": "block_level",
-            "group_offload_blocks_per_group": 1,
-            "group_offload_use_stream": True,
-        }
-    return keys | {"musubi_blocks_to_swap": mapping.SWAPPABLE if group else 0}
 
 
 def _sample(spec: TrainSpec) -> dict[str, Any]:

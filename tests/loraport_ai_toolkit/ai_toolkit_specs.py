@@ -35,7 +35,7 @@ GOLDEN = {
         dataset={"resolution": 1024, "repeats": 2},
         lora={"rank": 32, "targets": "all"},
         train={"steps": 2500, "lr_scheduler": "cosine"},
-        memory={"profile": "24gb", "quantize": "fp8", "compile": "regional"},
+        memory={"profile": "24gb", "quantize": "fp8", "compile": "full"},
     ),
     "style": spec(
         name="baroque_light",
@@ -43,7 +43,7 @@ GOLDEN = {
         lora={"targets": "attention"},
         train={"steps": 2000, "ema_decay": 0.99, "optimizer": "prodigy", "learning_rate": 1.0, "weight_decay": 0.0},
         sample={"every": 250, "prompts": ["a lighthouse, baroque light"], "width": 768, "height": 768},
-        memory={"quantize": "int8", "text_encoder": "int8"},
+        memory={"storage": "int8", "compute": "int8", "text_encoder": "int8"},
     ),
     "lokr": spec(
         lora={"type": "lokr", "rank": 32, "factor": 8},

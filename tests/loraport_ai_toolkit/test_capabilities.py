@@ -22,11 +22,23 @@ def test_an_alpha_other_than_the_rank_is_told_to_be_replaced_by_it() -> None:
     assert verdict("lora.alpha", lora={"rank": 16}).kind is Kind.EXACT
 
 
-def test_nf4_is_refused_with_what_to_do() -> None:
-    found = verdict("memory.storage", memory={"quantize": "nf4"})
+@pytest.mark.parametrize(
+    ("sections", "path", "says"),
+    [
+        ({"memory": {"quantize": "nf4"}}, "memory.storage", "ai-toolkit has no nf4: set memory.quantize: fp8"),
+        ({"memory": {"text_encoder": "nf4"}}, "memory.text_encoder", "no nf4: choose fp8"),
+        ({"memory": {"quantize": "fp8-dynamic"}}, "memory.compute", "int8 alone"),
+        ({"memory": {"storage": "fp8", "compute": "int8"}}, "memory.compute", "int8 alone"),
+        ({"memory": {"offload": "group+activations"}}, "memory.offload", "neither activations nor from disk"),
+        ({"memory": {"offload": "disk"}}, "memory.offload", "neither activations nor from disk"),
+        ({"train": {"gpus": 2}}, "train.gpus", "one GPU"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_to_do(sections: dict[str, Any], path: str, says: str) -> None:
+    found = verdict(path, **sections)
 
     assert found.kind is Kind.REFUSED
-    assert "fp8" in found.reason
+    assert says in found.reason
 
 
 @pytest.mark.parametrize(
@@ -54,6 +66,10 @@ def test_nf4_is_refused_with_what_to_do() -> None:
         ("dataset.max_text_tokens", {}, Kind.APPROXIMATED),
         ("validation.images", {"validation": {"images": 3}}, Kind.IGNORED),
         ("memory.storage", {"backend": {"options": {"qtype": "uint4"}}}, Kind.DEFAULTED),
+        ("memory.compute", {"memory": {"storage": "int8", "compute": "int8"}}, Kind.APPROXIMATED),
+        ("memory.text_encoder", {"memory": {"text_encoder": "int8"}}, Kind.EXACT),
+        ("memory.compile", {"memory": {"compile": "full"}}, Kind.EXACT),
+        ("memory.gradient_checkpointing", {"memory": {"gradient_checkpointing": "selective"}}, Kind.APPROXIMATED),
         ("backend.options", {"backend": {"options": {"colour": 1}}}, Kind.REFUSED),
         ("backend.options", {"backend": {"options": {"layer_offloading_transformer_percent": 95}}}, Kind.REFUSED),
         ("backend.options", {"backend": {"options": {"qtype": "nf4"}}}, Kind.REFUSED),

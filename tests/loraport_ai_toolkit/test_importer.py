@@ -234,7 +234,8 @@ SPECS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
                 "quantize": st.sampled_from(["none", "fp8", "int8"]),
                 "text_encoder": st.sampled_from(["none", "fp8", "int8"]),
                 "offload": st.sampled_from(["none", "group"]),
-                "compile": st.sampled_from(["none", "regional"]),
+                "compile": st.sampled_from(["none", "regional", "full"]),
+                "compute": st.just("model"),
                 "gradient_checkpointing": st.sampled_from(["none", "selective", "full"]),
             }
         ),

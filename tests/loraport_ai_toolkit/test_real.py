@@ -22,7 +22,7 @@ from loraport.dataset import scan
 from loraport.planning import Kind
 from loraport.spec.models import TrainSpec, value_at
 from loraport_ai_toolkit import layout
-from loraport_ai_toolkit.capabilities import QTYPES, matching_modules, verdicts
+from loraport_ai_toolkit.capabilities import INT8_COMPUTE, QTYPES, matching_modules, verdicts
 from loraport_ai_toolkit.captions import staged
 from loraport_ai_toolkit.job import _local_text_encoder
 from loraport_ai_toolkit.translate import NO_CLIPPING, config
@@ -137,9 +137,11 @@ def test_a_field_called_exact_is_found_with_that_value_by_ai_toolkits_own_classe
         assert model["layer_offloading"] is offloaded
         for name, stored in (("qtype", spec.memory.storage), ("qtype_te", spec.memory.text_encoder)):
             if stored != "none":
-                qtype = QTYPES[stored or ""]
+                computed = name == "qtype" and spec.memory.compute == "int8"
+                qtype = INT8_COMPUTE if computed else QTYPES[stored or ""]
                 assert model[name] == ("float8" if offloaded and qtype == "qfloat8" else qtype)
-        assert model["compile"] is model["block_compile"] is (spec.memory.compile == "regional")
+        assert model["compile"] is (spec.memory.compile != "none")
+        assert model["block_compile"] is (spec.memory.compile == "regional")
         assert parsed["train"]["noise_scheduler"] == "flowmatch"
         if kinds["train.warmup_steps"] is Kind.EXACT and kinds["train.lr_scheduler"] is Kind.EXACT:
             check_schedule(spec, parsed["rates"])

@@ -115,3 +115,55 @@ def test_a_resumed_run_says_that_the_optimizer_begins_anew(make_spec: MakeSpec) 
     verdict = next(v for v in verdicts(make_spec(), resume=True) if v.path == "train.optimizer")
     assert verdict.kind is Kind.APPROXIMATED
     assert "weights only" in verdict.reason
+
+
+#: What goes together with what not: sections of the spec → field that is refused, and words of the reason.
+INCOMPATIBLE: dict[str, tuple[dict[str, Any], str, str]] = {
+    "nf4 computed in fp8": (
+        {"memory": {"storage": "nf4", "compute": "fp8"}},
+        "memory.compute",
+        "set memory.storage: fp8",
+    ),
+    "bf16 computed in int8": ({"memory": {"compute": "int8"}}, "memory.compute", "set memory.storage: int8"),
+    "blocks on disk": ({"memory": {"offload": "disk"}}, "memory.offload", "host memory only"),
+    "activations that are not recomputed": (
+        {"memory": {"offload": "group+activations", "gradient_checkpointing": "none"}},
+        "memory.offload",
+        "gradient_checkpointing: full",
+    ),
+    "two GPUs": ({"train": {"gpus": 2}}, "train.gpus", "one process"),
+}
+
+
+@pytest.mark.parametrize(("sections", "path", "says"), INCOMPATIBLE.values(), ids=INCOMPATIBLE)
+def test_what_does_not_go_together_is_refused_with_the_reason(
+    make_spec: MakeSpec, sections: dict[str, Any], path: str, says: str
+) -> None:
+    refused = {v.path: v.reason for v in verdicts(make_spec(**sections)) if v.kind is Kind.REFUSED}
+    assert list(refused) == [path]
+    assert says in refused[path]
+
+
+@pytest.mark.parametrize(
+    ("sections", "path", "kind", "says"),
+    [
+        ({"memory": {"quantize": "fp8-dynamic"}}, "memory.compute", Kind.APPROXIMATED, "comfy_kitchen_fp8_w8a8"),
+        ({"memory": {"storage": "int8", "compute": "int8"}}, "memory.compute", Kind.APPROXIMATED, "int8_w8a8"),
+        (
+            {"memory": {"quantize": "fp8-dynamic"}, "model": {"checkpoint": "ideogram-ai/ideogram-4-fp8"}},
+            "memory.compute",
+            Kind.DEFAULTED,
+            "unpacked",
+        ),
+        ({"memory": {"offload": "group+activations"}}, "memory.offload", Kind.APPROXIMATED, "checkpointing_offload"),
+        ({"memory": {"compile": "full"}}, "memory.compile", Kind.DEFAULTED, "none"),
+        ({"memory": {"gradient_checkpointing": "auto"}}, "memory.gradient_checkpointing", Kind.APPROXIMATED, "full"),
+        ({"memory": {"text_encoder": "nf4"}}, "memory.text_encoder", Kind.EXACT, "quant_options"),
+    ],
+)
+def test_what_fits_the_model_is_said_as_diffsynth_does_it(
+    make_spec: MakeSpec, sections: dict[str, Any], path: str, kind: Kind, says: str
+) -> None:
+    verdict = next(v for v in verdicts(make_spec(**sections)) if v.path == path)
+    assert verdict.kind is kind
+    assert says in verdict.reason

@@ -172,9 +172,9 @@ SPECS = st.fixed_dictionaries(
         ),
         "memory": st.fixed_dictionaries(
             {
-                "quantize": st.sampled_from(["none", "nf4", "fp8", "int8"]),
+                "quantize": st.sampled_from(["none", "nf4", "fp8", "fp8-dynamic", "int8"]),
                 "text_encoder": st.sampled_from(["none", "nf4", "fp8", "int8"]),
-                "offload": st.sampled_from(["none", "group"]),
+                "offload": st.sampled_from(["none", "group", "group+activations"]),
                 "compile": st.sampled_from(["none", "regional"]),
                 "gradient_checkpointing": st.sampled_from(["none", "selective", "full"]),
             }

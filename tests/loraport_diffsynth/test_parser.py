@@ -14,7 +14,7 @@ from loraport.ideogram4 import IDEOGRAM4
 from loraport.planning import Kind, Verdict
 from loraport.spec.models import TrainSpec
 from loraport_diffsynth import launch
-from loraport_diffsynth.capabilities import METHODS, verdicts
+from loraport_diffsynth.capabilities import method_of, verdicts
 
 GOLDEN = Path(__file__).parent / "golden"
 JOBS = {path.parent.name: json.loads(path.read_text()) for path in sorted(GOLDEN.glob("*/launch.json"))}
@@ -86,11 +86,11 @@ def test_diffsynth_quantises_what_the_spec_says_and_loads_only_what_a_phase_need
     parsed: dict[str, list[dict[str, Any]]], case: str
 ) -> None:
     spec = spec_of(case)
-    stored = spec.model.checkpoint == "ideogram-ai/ideogram-4-fp8"
     methods = {
-        part: None if stored else METHODS.get(storage or "none")
-        for part, storage in (("transformer", spec.memory.storage), ("text_encoder", spec.memory.text_encoder))
-    } | {"vae": None}
+        "transformer": method_of(spec, "transformer"),
+        "text_encoder": method_of(spec, "text_encoder"),
+        "vae": None,
+    }
     *encoding, training = parsed[case]
     assert len(training["models"]) == (1 if encoding else 3)
     for phase in parsed[case]:

@@ -62,6 +62,18 @@ def test_saving_memory_splits_encoding_from_training(make_spec: MakeSpec) -> Non
     assert first["use_gradient_checkpointing"] is True
 
 
+def test_products_in_eight_bits_are_asked_of_the_transformer_alone(make_spec: MakeSpec) -> None:
+    encode, train = phases(make_spec(memory={"quantize": "fp8-dynamic", "text_encoder": "fp8"}))
+    first, second = parse(encode["arguments"]), parse(train["arguments"])
+    assert str(first["quant_options"]).endswith(":torchao_fp8_w8a16")
+    assert second["quant_options"] == f"{TRANSFORMER}:comfy_kitchen_fp8_w8a8"
+
+
+def test_offloaded_activations_are_layers_and_checkpoints_in_host_memory(make_spec: MakeSpec) -> None:
+    options = parse(phases(make_spec(memory={"offload": "group+activations"}))[-1]["arguments"])
+    assert options["enable_model_cpu_offload"] is options["use_gradient_checkpointing_offload"] is True
+
+
 def test_a_checkouts_script_needs_the_transformer_for_encoding_but_on_disk(make_spec: MakeSpec) -> None:
     options = {"script": "/checkout/train.py", "split": True}
     encode = parse(phases(make_spec(backend={"options": options}))[0]["arguments"])

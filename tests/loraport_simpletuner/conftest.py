@@ -28,7 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         {
             "name": "buggy",
             "dataset": {"resolution": 768, "trigger_word": "mp_buggy", "caption_dropout": 0.05},
-            "memory": {"profile": "12gb", "offload": "group"},
+            "memory": {"profile": "12gb"},
         },
         False,
     ),

@@ -10,13 +10,15 @@ from loraport.planning import Kind, Verdict
 from loraport.spec.models import leaf_fields
 from loraport_simpletuner.capabilities import verdicts
 
+OLD = {"backend": {"options": {"version": "4.8.0"}}}
+
 
 def by_path(spec: Any) -> dict[str, Verdict]:
     return {verdict.path: verdict for verdict in verdicts(spec)}
 
 
 def test_every_field_is_judged_in_order_and_a_plain_spec_is_done_exactly(make_spec) -> None:
-    found = verdicts(make_spec(dataset={"upscale": True}, memory={"quantize": "fp8"}))
+    found = verdicts(make_spec(dataset={"upscale": True}, memory={"quantize": "fp8", "text_encoder": "fp8"}))
     assert [verdict.path for verdict in found] == list(leaf_fields())
     assert [verdict for verdict in found if verdict.kind is not Kind.EXACT] == []
 
@@ -29,10 +31,18 @@ def test_every_field_is_judged_in_order_and_a_plain_spec_is_done_exactly(make_sp
         ({"model": {"revision": "v2"}}, "model.revision", Kind.REFUSED, "main branch"),
         ({"model": {"dtype": "fp16"}}, "model.dtype", Kind.REFUSED, "bf16"),
         ({"model": {"checkpoint": "/m"}, "memory": {"quantize": "nf4"}}, "memory.storage", Kind.REFUSED, "nf4"),
-        ({"model": {"checkpoint": "/m"}, "memory": {"quantize": "fp8"}}, "memory.storage", Kind.APPROXIMATED, "fp8-t"),
+        (
+            {"model": {"checkpoint": "/m"}, "memory": {"quantize": "fp8"}},
+            "memory.storage",
+            Kind.APPROXIMATED,
+            "fp8wo-t",
+        ),
         ({"memory": {"quantize": "none"}}, "memory.storage", Kind.EXACT, "unpacked"),
         ({"memory": {"quantize": "int8"}}, "memory.storage", Kind.APPROXIMATED, "int8-torchao"),
-        ({"memory": {"offload": "group"}}, "memory.offload", Kind.APPROXIMATED, "musubi_blocks_to_swap: 33"),
+        ({"memory": {"offload": "group"}, **OLD}, "memory.offload", Kind.APPROXIMATED, "diffusers' group offloading"),
+        ({"memory": {"quantize": "fp8-dynamic"}}, "memory.compute", Kind.APPROXIMATED, "backward in model.dtype"),
+        ({"memory": {"quantize": "nf4"}}, "memory.text_encoder", Kind.DEFAULTED, "nf4"),
+        ({"memory": {"gradient_checkpointing": "auto"}}, "memory.gradient_checkpointing", Kind.APPROXIMATED, "full"),
         ({"dataset": {"upscale": False}}, "dataset.upscale", Kind.APPROXIMATED, "enlarged"),
         ({"dataset": {"resolution": 720}}, "dataset.resolution", Kind.APPROXIMATED, "768"),
         ({"dataset": {"resolution": 720, "aspect_buckets": False}}, "dataset.resolution", Kind.EXACT, ""),

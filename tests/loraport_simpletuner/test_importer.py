@@ -84,6 +84,7 @@ SECTIONS = st.fixed_dictionaries(
         "train": st.fixed_dictionaries(
             {
                 "steps": st.integers(1, 5000),
+                "gpus": st.integers(1, 3),
                 "batch_size": st.integers(1, 4),
                 "gradient_accumulation": st.integers(1, 3),
                 "learning_rate": exact(1e-7, 1),
@@ -100,9 +101,10 @@ SECTIONS = st.fixed_dictionaries(
         ),
         "memory": st.fixed_dictionaries(
             {
-                "quantize": st.sampled_from(["none", "fp8", "int8", "nf4"]),
-                "offload": st.sampled_from(["none", "group"]),
-                "compile": st.sampled_from(["none", "regional"]),
+                "quantize": st.sampled_from(["none", "fp8", "fp8-dynamic", "int8", "nf4"]),
+                "text_encoder": st.sampled_from(["none", "fp8", "int8", "nf4"]),
+                "offload": st.sampled_from(["none", "group", "group+activations", "disk"]),
+                "compile": st.sampled_from(["none", "regional", "full"]),
                 "gradient_checkpointing": st.sampled_from(["none", "selective", "full"]),
             }
         ),

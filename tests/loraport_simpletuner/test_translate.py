@@ -59,14 +59,6 @@ def test_a_new_run_never_resumes_and_a_resumed_one_does(make_spec) -> None:
     assert resume(True) == "latest"
 
 
-@pytest.mark.parametrize(("version", "key"), [("4.8.0", "enable_group_offload"), ("4.10.1", "musubi_blocks_to_swap")])
-def test_offload_keys_go_by_version(make_spec, version: str, key: str) -> None:
-    spec = make_spec(backend={"options": {"version": version}}, memory={"offload": "group"})
-    config = json.loads(translate(spec, Context(Path("/runs/a"))).files["backend/config/config.json"])
-    assert config[key]
-    assert ("enable_group_offload" in config) != ("musubi_blocks_to_swap" in config)
-
-
 def test_the_command_is_our_own_launcher(make_spec) -> None:
     made = translate(make_spec(), Context(Path("/runs/ü a")))
     assert made.command == [sys.executable, "-m", "loraport_simpletuner.launch", "/runs/ü a"]

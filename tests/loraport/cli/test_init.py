@@ -25,7 +25,10 @@ from loraport.spec.load import load_spec
 @pytest.fixture(autouse=True)
 def _a_known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loraport.gpu.cards", lambda: [Card("Some Card", 23.99, (8, 9))])
-    known = {("hardware", name): Profile("hardware", name, "", {"storage": "fp8", "compute": "fp8"}, gib) for name, gib in SIZES.items()}
+    known = {
+        ("hardware", name): Profile("hardware", name, "", {"storage": "fp8", "compute": "fp8"}, gib)
+        for name, gib in SIZES.items()
+    }
     monkeypatch.setattr(type(plugins()), "profiles", lambda self: known)
 
 

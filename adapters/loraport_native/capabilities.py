@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraport.planning import Verdict, VerdictTable
-from loraport.spec.models import TrainSpec
+from loraport.spec.models import TrainSpec, value_at
 
 OPTIONS = {
     "device": "auto, cpu, mps, cuda or cuda:N",
@@ -14,8 +14,11 @@ OPTIONS = {
 
 _COMPUTE = {
     "model": "weights are unpacked to model.dtype for each product",
-    "fp8": "scaled 8-bit products, forward and backward, of activations scaled as they come",
+    "fp8": "products of 8-bit floats, forward and backward, of activations scaled as they come",
+    "int8": "products of 8-bit integers, forward and backward, of activations scaled as they come",
 }
+#: What can be computed with weights that are stored so.
+_COMPUTES = {"none": ["model"], "fp8": ["model", "fp8"], "int8": ["model", "int8"], "nf4": ["model", "fp8", "int8"]}
 _OFFLOAD = {
     "none": "every block stays on the device",
     "group": "blocks are streamed from pinned host memory, ahead of their use, in both directions",
@@ -168,21 +171,35 @@ def _train(table: VerdictTable) -> None:
 
 
 def _memory(table: VerdictTable) -> None:
+    memory = table.spec.memory
     table.exact("memory.profile", "memory.quantize", reason="already filled into the fields below")
     table.exact("memory.storage", reason="the blocks' frozen weights; the layers around them keep model.dtype")
-    table.choose(
-        "memory.compute", list(_COMPUTE), _COMPUTE.get(table.spec.memory.compute or "", ""), "choose one of them"
-    )
+    _choose(table, "memory.compute", {name: _COMPUTE[name] for name in _COMPUTES[memory.storage or "none"]})
     table.exact("memory.text_encoder", reason="the text encoder's blocks, while captions are encoded; then it is freed")
-    table.choose(
-        "memory.offload", list(_OFFLOAD), _OFFLOAD.get(table.spec.memory.offload or "", ""), "choose one of them"
-    )
-    table.choose(
-        "memory.compile", list(_COMPILE), _COMPILE.get(table.spec.memory.compile or "", ""), "choose one of them"
-    )
-    table.exact(
-        "memory.gradient_checkpointing", reason=_CHECKPOINTING[table.spec.memory.gradient_checkpointing or "none"]
-    )
+    _choose(table, "memory.offload", _OFFLOAD)
+    if memory.compile == "full" and memory.offload != "none":
+        table.refused(
+            "memory.compile",
+            reason=f"memory.offload: {memory.offload} fetches blocks one by one, for which the graph of a whole model "
+            "has no place: set it to regional",
+        )
+    else:
+        _choose(table, "memory.compile", _COMPILE)
+    checkpointing = memory.gradient_checkpointing or "none"
+    if memory.offload != "group+activations":
+        table.exact("memory.gradient_checkpointing", reason=_CHECKPOINTING[checkpointing])
+    elif checkpointing in ("full", "auto"):
+        table.exact("memory.gradient_checkpointing", reason="from each block's input, which waits in host memory")
+    else:
+        table.defaulted(
+            "memory.gradient_checkpointing",
+            reason="full: of activations, each block's input waits in host memory, and the rest is recomputed from it",
+        )
+
+
+def _choose(table: VerdictTable, path: str, reasons: dict[str, str]) -> None:
+    """Exact with the value's reason where there is one, else refused with the values that have one."""
+    table.choose(path, reasons, reasons.get(value_at(table.spec, path), ""), "choose one of these")
 
 
 def _options(table: VerdictTable) -> None:

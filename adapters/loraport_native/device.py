@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from loraport.errors import SpecError
+from loraport.gpu import FP8_CAPABILITY
 from loraport.spec.models import TrainSpec
 
 #: fp16 is not among them: without loss scaling most of the gradient is below its smallest number.
@@ -82,6 +83,11 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def peak_reserved_gib(device: torch.device) -> float | None:
+    """Most memory so far that torch's allocator held of a CUDA card, GiB; None elsewhere."""
+    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
+
+
 def restart_peak(device: torch.device) -> None:
     """Count the peak from here, where it can be counted anew."""
     if device.type == "cuda":
@@ -92,11 +98,39 @@ def check_device(spec: TrainSpec, device: torch.device) -> None:
     """Raise SpecError for settings that this device cannot do."""
     if device.type == "mps" and spec.memory.storage != "none":
         raise SpecError(f"memory.storage: {spec.memory.storage} needs CUDA or a CPU; on MPS use none.")
-    if spec.memory.compile == "regional" and not any(map(shutil.which, _compilers(device))):
+    _check_card(spec, device)
+    if spec.memory.compile != "none" and not any(map(shutil.which, _compilers(device))):
         raise SpecError(
-            f"memory.compile: regional needs a compiler, {' or '.join(_compilers(device))}, and none is installed.",
+            f"memory.compile: {spec.memory.compile} needs a compiler, {' or '.join(_compilers(device))}, and none is installed.",
             hint="Install one, or set memory.compile: none.",
         )
+
+
+def _check_card(spec: TrainSpec, device: torch.device) -> None:
+    """Refuse what this device has no hardware for. A CPU that was asked for by name imitates it, to try things out."""
+    memory = spec.memory
+    if device.type != "cuda":
+        if spec.backend.options.get("device") == "cpu":
+            return
+        for path, value, without in (
+            ("memory.offload", memory.offload, "none"),
+            ("memory.compute", memory.compute, "model"),
+        ):
+            if value != without:
+                raise SpecError(
+                    f"{path}: {value} needs a CUDA card, and this run would use the {device.type.upper()}.",
+                    hint=f"Set {path}: {without}, or backend.options.device: cpu to try it without its speed.",
+                )
+    elif memory.compute == "fp8" and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+        raise SpecError(
+            f"memory.compute: fp8 needs a card of compute capability {_dotted(FP8_CAPABILITY)} or more; "
+            f"{torch.cuda.get_device_name(device)} has {_dotted(capability)}.",
+            hint="Set memory.quantize: int8, which takes the same memory; memory.profile: auto does so by itself.",
+        )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def make_deterministic(spec: TrainSpec) -> None:

@@ -35,7 +35,13 @@ def test_every_field_is_judged_in_order_and_the_usual_spec_is_done_exactly(make_
         ({"lora": {"type": "lokr", "factor": 4}}, "lora.factor", Kind.EXACT),
         ({"train": {"lr_cycles": 3}}, "train.lr_cycles", Kind.IGNORED),
         ({"train": {"lr_cycles": 3, "lr_scheduler": "cosine_with_restarts"}}, "train.lr_cycles", Kind.EXACT),
-        ({"memory": {"compute": "int8"}}, "memory.compute", Kind.REFUSED),
+        ({"memory": {"quantize": "fp8-dynamic"}}, "memory.compute", Kind.EXACT),
+        ({"memory": {"storage": "nf4", "compute": "fp8"}}, "memory.compute", Kind.EXACT),
+        ({"memory": {"offload": "disk"}}, "memory.offload", Kind.EXACT),
+        ({"memory": {"compile": "full"}}, "memory.compile", Kind.EXACT),
+        ({"memory": {"gradient_checkpointing": "auto"}}, "memory.gradient_checkpointing", Kind.EXACT),
+        ({"memory": {"offload": "group+activations"}}, "memory.gradient_checkpointing", Kind.DEFAULTED),
+        ({"train": {"gpus": 4}}, "train.gpus", Kind.EXACT),
         ({"model": {"dtype": "fp16"}}, "model.dtype", Kind.REFUSED),
         ({"model": {"family": "flux"}}, "model.family", Kind.REFUSED),
         ({"backend": {"options": {"devise": "cpu"}}}, "backend.options", Kind.REFUSED),
@@ -63,3 +69,31 @@ def test_the_command_runs_the_trainer_in_the_interpreter_asked_for(make_spec) ->
     made = translate(spec, Context(run_dir=Path("/runs/a")))
     assert made.command == ["/opt/env/bin/python", "-m", "loraport_native.train", "/runs/a"]
     assert made.files == {}
+
+
+#: What goes together with what not: sections of the spec → field that is refused, and words of the reason.
+INCOMPATIBLE: dict[str, tuple[dict[str, Any], str, str]] = {
+    "bf16 computed in fp8": ({"memory": {"compute": "fp8"}}, "memory.compute", "only model"),
+    "bf16 computed in int8": ({"memory": {"compute": "int8"}}, "memory.compute", "only model"),
+    "fp8 computed in int8": ({"memory": {"storage": "fp8", "compute": "int8"}}, "memory.compute", "only model, fp8"),
+    "int8 computed in fp8": ({"memory": {"storage": "int8", "compute": "fp8"}}, "memory.compute", "only model, int8"),
+    **{
+        f"{offload} in one graph": ({"memory": {"offload": offload, "compile": "full"}}, "memory.compile", "regional")
+        for offload in ("group", "group+activations", "disk")
+    },
+    **{
+        f"DoRA over {storage}": ({"lora": {"dora": True}, "memory": {"storage": storage}}, "lora.dora", "full weights")
+        for storage in ("fp8", "int8", "nf4")
+    },
+}
+
+
+@pytest.mark.parametrize(("sections", "path", "says"), INCOMPATIBLE.values(), ids=INCOMPATIBLE)
+def test_what_does_not_go_together_is_refused_with_the_reason(
+    make_spec, sections: dict[str, Any], path: str, says: str
+) -> None:
+    refused = {
+        path: found.reason for path, found in by_path(make_spec(**sections)).items() if found.kind is Kind.REFUSED
+    }
+    assert list(refused) == [path]
+    assert says in refused[path]

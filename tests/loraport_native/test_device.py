@@ -68,11 +68,48 @@ def test_quantisation_on_mps_is_refused(make_spec, method: str) -> None:
     check_device(make_spec(memory={"quantize": method}), torch.device("cpu"))
 
 
-def test_compiling_without_a_compiler_is_refused(make_spec, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["cpu", "mps"])
+@pytest.mark.parametrize(
+    ("memory", "path"),
+    [
+        ({"offload": "group"}, "memory.offload: group"),
+        ({"offload": "group+activations"}, r"memory.offload: group\+activations"),
+        ({"offload": "disk"}, "memory.offload: disk"),
+        ({"storage": "nf4", "compute": "fp8"}, "memory.compute: fp8"),
+        ({"storage": "nf4", "compute": "int8"}, "memory.compute: int8"),
+    ],
+)
+def test_what_needs_a_cuda_card_is_refused_elsewhere_unless_the_cpu_was_asked_for(
+    make_spec, kind: str, memory: dict[str, str], path: str
+) -> None:
+    unasked = make_spec(memory=memory, backend={"options": {}})
+    says = "memory.storage: nf4 needs CUDA or a CPU" if kind == "mps" and "storage" in memory else path
+    with pytest.raises(SpecError, match=says):
+        check_device(unasked, torch.device(kind))
+    check_device(make_spec(memory=memory), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("capability", "fits"), [((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_computing_in_fp8_on_a_card_without_it_is_refused_before_anything_loads(
+    make_spec, monkeypatch, capability: tuple[int, int], fits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
+    spec = make_spec(memory={"quantize": "fp8-dynamic"}, backend={"options": {}})
+    if fits:
+        check_device(spec, torch.device("cuda"))
+    else:
+        with pytest.raises(SpecError, match=r"capability 8\.9 or more; A Card has 8\.6.*\n.*quantize: int8"):
+            check_device(spec, torch.device("cuda"))
+    check_device(make_spec(memory={"quantize": "int8"}), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("mode", ["regional", "full"])
+def test_compiling_without_a_compiler_is_refused(make_spec, monkeypatch, mode: str) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(SpecError, match=r"memory\.compile.*compiler"):
-        check_device(make_spec(memory={"compile": "regional"}), torch.device("cpu"))
+        check_device(make_spec(memory={"compile": mode}), torch.device("cpu"))
     check_device(make_spec(memory={"compile": "none"}), torch.device("cpu"))
 
 

@@ -5,8 +5,6 @@
 split attention, a peft LoRA with bf16 weights, text features projected in each step, the dense mask of the packed
 sequence, eager blocks, every block recomputed, fused AdamW. KIND is how the frozen weights are stored: `bf16`, `fp8` by
 diffusers' layerwise casting, `nf4` by bitsandbytes. Weights, latents and text are random and lie on the device.
-
-`python -m loraport_native.stock rate` measures the device's matrix products instead, for the floor.
 """
 
 from __future__ import annotations
@@ -14,8 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +26,8 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from loraport_native.device import find_device, peak_memory_gib
-from loraport_native.trainer import peak_reserved_gib
+from loraport_native.device import find_device, peak_memory_gib, peak_reserved_gib
+from loraport_native.rate import seconds_of
 
 KINDS = ("bf16", "fp8", "nf4")
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
@@ -40,14 +36,13 @@ _KEPT = ["lora", "norm", "t_embedding", "adaln_proj", "embed_image_indicator"]  
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=[*KINDS, "rate"])
-    parser.add_argument("--config", type=Path, help="config.json of diffusers' transformer: its dimensions")
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--config", type=Path, required=True, help="config.json of the transformer: its dimensions")
     parser.add_argument("--device", default="auto")
     for name, value in {"resolution": 1024, "text": 512, "rank": 32, "batch": 1, "steps": 8, "warm-up": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()
-    device = find_device(given.device, "--device")
-    print(json.dumps(matmul_rate(device) if given.kind == "rate" else measure(given, device)), flush=True)
+    print(json.dumps(measure(given, find_device(given.device, "--device"))), flush=True)
 
 
 def measure(given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -70,7 +65,7 @@ def measure(given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = [_seconds(step, device) for _ in range(given.warm_up + given.steps)]
+    seconds = [seconds_of(step, device) for _ in range(given.warm_up + given.steps)]
     return {
         "seconds": [round(value, 5) for value in seconds[given.warm_up :]],
         "peak_allocated_gib": peak_memory_gib(device),
@@ -151,30 +146,6 @@ def _batch(
         "indicator": indicator,
     }
     return inputs, torch.randn(batch, side * side, config.in_channels, device=device)
-
-
-def matmul_rate(device: torch.device, repeats: int = 10) -> dict[str, float]:
-    """TFLOP/s of a bf16 matrix product, of sides 8192 on a card and 128 elsewhere: mean of `repeats` after three."""
-    side = 8192 if device.type == "cuda" else 128
-    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-
-    def products() -> None:
-        for _ in range(repeats):
-            left @ right
-
-    for _ in range(3):
-        left @ right
-    return {"bf16_tflops": round(2 * side**3 * repeats / _seconds(products, device) / 1e12, 4)}
-
-
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from loraport.spec.models import TrainSpec
 from loraport_native import flow
 from loraport_native.checkpoints import load_state, save_checkpoint, whole_checkpoints
 from loraport_native.data import Sample, TrainingSet, epoch_batches
-from loraport_native.device import peak_memory_gib
+from loraport_native.device import peak_memory_gib, peak_reserved_gib
 from loraport_native.distributed import ALONE, Group
 from loraport_native.lora import Adapter, Ema, Masters, write_adapter
 from loraport_native.models.ideogram4 import Ideogram4
@@ -269,8 +269,3 @@ def derived_seed(seed: int, *what: Any) -> int:
     """A 63-bit seed for one purpose, from the run's seed."""
     digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def peak_reserved_gib(device: torch.device) -> float | None:
-    """Most memory so far that torch's allocator held of a CUDA card, GiB; None elsewhere."""
-    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None

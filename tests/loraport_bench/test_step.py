@@ -21,7 +21,7 @@ MEMORY = {"quantize": "none", "offload": "none", "compile": "none", "gradient_ch
 SMALL: dict[str, Any] = {"resolution": 64, "text": 64, "rank": 4}
 ROWS = (
     Row("plain", MEMORY, stock="bf16", bar=Bar(seconds=1000, ratio=1e9, gib=1000), **SMALL),
-    Row("capped", MEMORY, limit_gib=6, **SMALL),
+    Row("refused", {**MEMORY, "quantize": "fp9"}, **SMALL),
 )
 QUALITY = (Row("quality-bf16", MEMORY, **SMALL),)
 
@@ -67,7 +67,7 @@ def test_each_row_is_a_real_training_beside_the_stock_recipe_and_is_not_run_twic
     code, said = bench(project, "--steps", "3")
     assert code == 0, said
     written = {line["row"]: line for line in lines(project)}
-    assert list(written) == ["rate", "stock-bf16", "plain", "capped"]
+    assert list(written) == ["rate", "stock-bf16", "plain", "refused"]
     plain, stock = written["plain"], written["stock-bf16"]
     assert plain["status"] == stock["status"] == "ok"
     assert 0 < plain["step_s"]["p10"] <= plain["step_s"]["median"] <= plain["step_s"]["p90"]
@@ -80,9 +80,9 @@ def test_each_row_is_a_real_training_beside_the_stock_recipe_and_is_not_run_twic
         == plain["settings"]
     )
     assert str(project) not in json.dumps(lines(project))
-    # The cap is for CUDA cards; a row that fails is a row, with its reason.
-    assert written["capped"]["status"] == "failed"
-    assert "memory_limit_gib" in written["capped"]["message"]
+    # A row that fails is a row, with its reason.
+    assert written["refused"]["status"] == "failed"
+    assert "memory.quantize" in written["refused"]["message"]
     assert "Below a bar: plain." in said
 
     before = lines(project)

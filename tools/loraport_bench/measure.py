@@ -176,7 +176,7 @@ def stock_row(row: StockRow, bench: Bench) -> dict[str, Any]:
 
 def rate_row(bench: Bench) -> dict[str, Any]:
     """The rate of the device's matrix products, for the floor."""
-    return {"status": "ok", **_native("stock", ["rate"], bench)}
+    return {"status": "ok", **_native("rate", [], bench)}
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -101,7 +101,8 @@ def check_device(spec: TrainSpec, device: torch.device) -> None:
     _check_card(spec, device)
     if spec.memory.compile != "none" and not any(map(shutil.which, _compilers(device))):
         raise SpecError(
-            f"memory.compile: {spec.memory.compile} needs a compiler, {' or '.join(_compilers(device))}, and none is installed.",
+            f"memory.compile: {spec.memory.compile} needs a compiler, {' or '.join(_compilers(device))}, and none is "
+            "installed.",
             hint="Install one, or set memory.compile: none.",
         )
 

@@ -6,14 +6,13 @@ Factors: `lora_A` (r, in), `lora_B` (out, r); LyCORIS' `lokr_*` and `hada_*`; fo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from loraport.errors import DataError
 from loraport.lora.canonical import Factors, LoHa, LoKr, LoraFile, LoraModule, LowRank, RowScale
-from loraport.lora.storage import read_tensors
+from loraport.lora.storage import parse_json, read_tensors
 
 FORMAT = "loraport-native-1"
 
@@ -34,9 +33,9 @@ class NativeDialect:
             module, _, factor = key.rpartition(".")
             grouped.setdefault(module, {})[factor] = tensors[key]
         try:
-            scales: dict[str, float] = json.loads(tensors.metadata["loraport.scales"])
+            scales: dict[str, float] = parse_json(tensors.metadata["loraport.scales"])
             modules = {name: _module(name, factors, scales[name]) for name, factors in grouped.items()}
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{path}: not a whole LoRA of the native trainer ({type(error).__name__}: {error})."
             ) from error

@@ -6,7 +6,6 @@ metadata; its final PEFT file tells nothing, and is read only with the alpha tha
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from loraport.errors import DataError
 from loraport.lora.canonical import Array, Factors, LoHa, LoKr, LoraFile, LoraModule, LowRank
-from loraport.lora.storage import read_tensors
+from loraport.lora.storage import parse_json, read_tensors
 
 #: Metadata key for alpha, written by `collect`.
 ALPHA = "loraport.simpletuner.alpha"
@@ -78,7 +77,7 @@ class _PeftScale:
             if ALPHA in metadata:
                 self.alpha = float(metadata[ALPHA])
             elif "lora_adapter_metadata" in metadata:
-                told = json.loads(metadata["lora_adapter_metadata"])
+                told = parse_json(metadata["lora_adapter_metadata"])
                 self.alpha = float(told[f"{PEFT}lora_alpha"])
                 self.patterns = told.get(f"{PEFT}alpha_pattern") or {}
         except (ValueError, KeyError, TypeError) as error:
@@ -118,8 +117,11 @@ def _peft(name: str, factors: dict[str, Array], scale: _PeftScale) -> LoraModule
 
 def _lycoris(name: str, factors: dict[str, Array]) -> LoraModule:
     """alpha counts for nothing where both factors are whole."""
-    alpha = float(factors.pop("alpha").astype("float64").reshape(()))
+    stored = factors.pop("alpha")
+    if stored.size != 1:
+        raise DataError(f"LoRA module {name}: alpha must be one number, not {stored.shape}.")
+    alpha = float(stored.astype("float64").reshape(()))
     kinds: dict[str, type[Any]] = {"lokr": LoKr, "hada": LoHa}
-    kind = kinds[next(iter(factors)).partition("_")[0]]
+    kind = kinds[next(iter(factors), "").partition("_")[0]]
     made: Factors = kind(**{factor.partition("_")[2]: array for factor, array in factors.items()})
     return LoraModule(name, made, 1.0 if made.rank is None else alpha / made.rank)

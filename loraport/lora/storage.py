@@ -44,6 +44,14 @@ _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What JSON from a stranger says. Raises ValueError also where it is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 class Tensors(Mapping[str, Array]):
     """The tensors of one file, each read from disk when asked for. `metadata` is the header's text part."""
 
@@ -106,7 +114,7 @@ def read_tensors(path: Path | str) -> Tensors:
             pass
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise DataError(
             f"{path} cannot be read as safetensors: {error}.",

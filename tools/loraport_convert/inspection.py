@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 from loraport.errors import DataError
 from loraport.lora.dialect import Dialect
-from loraport.lora.storage import Tensors, read_tensors
+from loraport.lora.storage import Tensors, parse_json, read_tensors
 from loraport_convert.codec import keys
 from loraport_convert.codec.header import fields_of, measure
 from loraport_convert.codec.keys import MODEL, Module
@@ -120,8 +119,6 @@ def _module(
     (rows, columns), rank = measure(shapes, prefixed, tensors.path)
     alpha = float(tensors[fields["alpha"]].reshape(())) if "alpha" in fields else None
     scale: float | None
-    if alpha is not None and not math.isfinite(alpha):
-        raise DataError(f"{prefixed}: alpha is {alpha}.")
     if rank is None:
         scale, origin = 1.0, "its kind has none"
     elif alpha is not None:
@@ -129,6 +126,8 @@ def _module(
     else:
         scale = told(keys.parse(prefixed), rank)
         origin = "not in the file" if scale is None else "metadata"
+    if scale is not None and not math.isfinite(scale):
+        raise DataError(f"{prefixed}: the scale is {scale}.")
     dtypes = {tensors.dtypes[key] for field, key in fields.items() if field not in ("alpha", "magnitude")}
     kind = {"up": "lora", "diff": "full"}.get(next(iter(fields)), next(iter(fields)).partition(".")[0])
     dora = "magnitude" in fields
@@ -158,8 +157,8 @@ def _text(path: Path) -> str:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = parse_json(text)
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Collection, Mapping
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from loraport.errors import DataError
-from loraport.files import atomic_path, write_atomic
+from loraport.files import write_atomic
 from loraport.lora.canonical import LoraFile, LoraModule
 from loraport.lora.dialect import WritableDialect
 from loraport.lora.lazy import LazyModules
@@ -28,6 +32,7 @@ from loraport_convert.reading import read_back
 
 Approximate = Literal["svd", "diff"]
 PROOF_KEY = "loraport.proof"
+_PROOF_SUFFIX = ".proof.json"
 _KEPT = ("modelspec.", "ss_", "loraport.family", "loraport.spec_sha256")
 #: A place on the machine of whoever trained it: nothing is ever opened through it, and it is nobody's business.
 _MACHINE_PATH = re.compile(r"(?:^|[\s\"'=:,\[(])(?:/(?!/)[^\s/\"']+/|~/|[A-Za-z]:[\\/]|\\\\)")
@@ -69,11 +74,12 @@ def check_target(target: Target, inputs: Collection[Path]) -> None:
     if path.suffix != ".safetensors":
         raise DataError(f"{path} must end in .safetensors.")
     for each in inputs:
-        if path.resolve() == each.resolve() or (path.exists() and each.exists() and path.samefile(each)):
+        same_place = os.path.realpath(path) == os.path.realpath(each)
+        if same_place or (path.exists() and each.exists() and path.samefile(each)):
             raise DataError(f"{path} is the input itself, which is never replaced.", hint="Choose another -o OUT.")
     if path.is_dir():
         raise DataError(f"{path} is a folder.", hint="Give the file to write.")
-    if not path.parent.is_dir():
+    if not path.parent.parent.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
         raise DataError(f"The folder {path.parent} does not exist.", hint="Make it first, or choose another -o OUT.")
     if not target.overwrite and (path.exists() or path.is_symlink()):
         raise DataError(f"{path} exists already.", hint="Give --overwrite to replace it, or choose another -o OUT.")
@@ -86,11 +92,11 @@ def publish(source: LoraFile, target: Target, inputs: Collection[Path]) -> Publi
     what was asked within the dtype's rounding; then there is no output.
     """
     check_target(target, inputs)
-    metadata = carried(source.metadata)
-    with atomic_path(target.path) as draft:
+    with _draft_folder(target.path) as folder:
+        draft = folder / target.path.name
         # The proof comes when the data is written: this leaves room for it in the header.
         room = " " * (400 + sum(len(name) + 30 for name in source.modules))
-        lossy = _write(source, target, draft, metadata | {PROOF_KEY: room})
+        lossy = _write(source, target, draft, carried(source.metadata) | {PROOF_KEY: room})
         proof = prove(source, read_back(target.writer, draft))
         approximated = tuple(module.name for module in proof.modules if module.name in lossy and not module.ok)
         norms = {name: each.norm for name, each in lossy.items()}
@@ -103,9 +109,52 @@ def publish(source: LoraFile, target: Target, inputs: Collection[Path]) -> Publi
                 else "A key without a meaning would be lost without a word; please report the file's trainer.",
             )
         replace_metadata(draft, read_tensors(draft).metadata | {PROOF_KEY: _in_metadata(published)})
-    text = json.dumps(published.to_json(), indent=2, allow_nan=False, ensure_ascii=False)
-    write_atomic(target.path.with_suffix(".proof.json"), text + "\n")
+        text = json.dumps(published.to_json(), indent=2, allow_nan=False, ensure_ascii=False)
+        write_atomic(draft.with_suffix(_PROOF_SUFFIX), text + "\n")
+        _move(folder, target, inputs)
     return published
+
+
+@contextmanager
+def _draft_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, which goes with all that is in it. The output's own folder is made for it."""
+    made = not path.parent.exists()
+    try:
+        path.parent.mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"))
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error.strerror or error}.", hint="Choose another -o OUT."
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # it holds the output
+                path.parent.rmdir()
+
+
+def _move(folder: Path, target: Target, inputs: Collection[Path]) -> None:
+    """Put the draft and what a format writes beside it into their places, the LoRA last."""
+    beside = [each for each in sorted(folder.iterdir()) if each.name != target.path.name]
+    places = {each: target.path.parent / each.name for each in beside}
+    own = {os.path.realpath(each.parent) for each in inputs}
+    for place in places.values():
+        taken = place.exists() or place.is_symlink()
+        inputs_own = os.path.realpath(place.parent) in own and not place.name.endswith(_PROOF_SUFFIX)
+        if taken and (inputs_own or not target.overwrite):
+            raise DataError(
+                f"{place}, which comes with {target.path.name}, exists already.", hint="Choose another -o OUT."
+            )
+    try:
+        with open(folder / target.path.name, "rb") as written:
+            os.fsync(written.fileno())
+        for each in beside:
+            os.replace(each, places[each])
+        os.replace(folder / target.path.name, target.path)
+    except OSError as error:
+        raise DataError(f"{target.path} cannot be written: {error.strerror or error}.") from error
 
 
 def carried(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -156,3 +156,22 @@ def test_the_metadata_keeps_what_is_true_and_no_path_of_somebodys_machine(run, c
     metadata = read_tensors(tmp_path / "out.safetensors").metadata
     assert {"modelspec.title", "ss_output_name", "ss_url"} <= set(metadata)
     assert not {"ss_sd_model_name", "ss_datasets", "lora_adapter_metadata", "../../escape"} & set(metadata)
+
+
+def test_an_adapter_for_peft_is_a_folder_and_no_configuration_is_overwritten(run, comfy, tmp_path):
+    path = comfy(metadata={"loraport.family": "ideogram4"})
+    assert run("convert", path, "--to", "peft")[0] == 0
+    folder = tmp_path / "comfy.peft"
+    assert names(folder) == ["adapter_config.json", "adapter_model.proof.json", "adapter_model.safetensors"]
+    assert run("verify", path, folder)[0] == 0
+    before = (folder / "adapter_config.json").read_bytes()
+    code, _, error = run("convert", folder, "--to", "peft", "-o", folder / "other.safetensors", "--overwrite")
+    assert (code, "exists already" in error) == (4, True)
+    assert (folder / "adapter_config.json").read_bytes() == before
+    assert len(names(folder)) == 3
+
+
+def test_a_conversion_that_fails_leaves_no_folder(run, comfy, tmp_path):
+    path = comfy(**{"diffusion_model.layers.0.attention.o.secret": np.ones(3, np.float32)})
+    assert run("convert", path, "--to", "peft")[0] == 4
+    assert names(tmp_path) == ["comfy.safetensors"]

@@ -190,7 +190,8 @@ def scaled(array: Array, ratio: float) -> Array:
     if ratio == 1.0:
         return array
     scaled = ratio * array.astype(np.float64)
-    narrow = scaled.astype(array.dtype)
+    with np.errstate(over="ignore"):
+        narrow = scaled.astype(array.dtype)
     return narrow if np.array_equal(narrow.astype(np.float64), scaled) else scaled.astype(np.float32)
 
 

@@ -5,13 +5,13 @@ Files keep alpha, and the scale is alpha / rank, or alpha / √rank with rsLoRA 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from loraport.errors import DataError
+from loraport.lora.storage import parse_json
 from loraport_convert.codec.keys import MODEL, Module
 
 #: (module, rank) → scale, or None where nothing is told about it.
@@ -46,17 +46,33 @@ def from_peft(config: Mapping[str, Any]) -> Told:
     """
     try:
         alpha = float(config["lora_alpha"])
-        patterns = {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+        patterns = {_pattern(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"The metadata about alpha is damaged: {type(error).__name__}: {error}.") from error
     root = math.sqrt if config.get("use_rslora") else float
 
     def told(module: Module, rank: int) -> float:
-        # PEFT takes the first pattern that matches the whole name or the end of it after a dot.
-        found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module.name)), None)
+        found = next((pattern for pattern in patterns if pattern.match(module.name)), None)
         return (alpha if found is None else patterns[found]) / root(rank)
 
     return told
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    """As PEFT reads a key: the first pattern that matches the whole name, or its end after a dot, counts.
+
+    Raises DataError for one that is no pattern, or that could take for ever on a name made for it: with a repeated
+    group, or many open repetitions.
+    """
+    repetitions = len(re.findall(r"[*+]|\{\d*,\}", key))
+    if len(key) > 300 or repetitions > 3 or re.search(r"\)[*+{]", key):
+        raise DataError(f"The metadata about alpha holds a pattern that is not safe to try: {key[:80]}.")
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise DataError(f"The metadata about alpha holds {key!r}, which is no pattern: {error}.") from error
 
 
 def from_adapter_metadata(metadata: Mapping[str, str]) -> Told:
@@ -64,7 +80,7 @@ def from_adapter_metadata(metadata: Mapping[str, str]) -> Told:
     if ADAPTER_METADATA not in metadata:
         return nothing
     try:
-        told = json.loads(metadata[ADAPTER_METADATA])
+        told = parse_json(metadata[ADAPTER_METADATA])
     except ValueError as error:
         raise DataError(f"The metadata {ADAPTER_METADATA} is not JSON: {error}.") from error
     if not isinstance(told, dict):

@@ -107,7 +107,7 @@ def _targets(files: list[Path], sources: list[Path], out: Path | None, to: str, 
     from loraport_convert.reading import PEFT_WEIGHTS
 
     if out is not None and not folder and not out.is_dir():
-        return {sources[0]: out}
+        return {sources[0]: out if to != "peft" or out.suffix else out / PEFT_WEIGHTS}
     if out is not None:
         _make_folder(out)
     jobs: dict[Path, Path] = {}
@@ -117,7 +117,9 @@ def _targets(files: list[Path], sources: list[Path], out: Path | None, to: str, 
         if out is not None and root is not None and source.parent != root:
             name = "-".join([*source.relative_to(root).parent.parts, source.stem])
         beside = source.parent.parent if source.name == PEFT_WEIGHTS else source.parent
-        place = (out or beside) / f"{name}.{to}.safetensors"
+        # PEFT's adapters are folders.
+        file = Path(f"{name}.{to}", PEFT_WEIGHTS) if to == "peft" else Path(f"{name}.{to}.safetensors")
+        place = (out or beside) / file
         if place in jobs.values():
             other = next(key for key, each in jobs.items() if each == place)
             raise DataError(f"{other} and {source} would both be written to {place}.", hint="Convert them apart.")

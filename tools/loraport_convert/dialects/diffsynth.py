@@ -6,11 +6,11 @@ entry adds `lora_alpha` there when it asks for another. Its FLUX.1 has names of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from loraport.errors import DataError
+from loraport.lora.storage import parse_json
 from loraport_convert.codec.keys import Module
 from loraport_convert.codec.scale import Told, nothing
 from loraport_convert.dialects.base import Reader, share
@@ -36,7 +36,7 @@ class DiffSynth(Reader):
         if not arguments.is_file():
             return nothing
         try:
-            content = json.loads(arguments.read_text(encoding="utf-8"))
+            content = parse_json(arguments.read_text(encoding="utf-8"))
             rank = int(content["lora_rank"])
             alpha = float(content.get("lora_alpha", rank))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -7,12 +7,12 @@ of the changed weights. Files that wrap the prefix once more, as `transformer.ba
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from loraport.errors import DataError
 from loraport.lora.canonical import LoraFile
+from loraport.lora.storage import parse_json
 from loraport_convert.codec.scale import Told, from_peft, nothing
 from loraport_convert.codec.write import CONFIG, write_peft_adapter
 from loraport_convert.dialects.base import Reader, share
@@ -47,7 +47,7 @@ class Peft(Reader):
         if not config.is_file():
             return nothing
         try:
-            content = json.loads(config.read_text(encoding="utf-8"))
+            content = parse_json(config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{config} cannot be read: {error}.") from error
         if not isinstance(content, dict) or content.get("peft_type") != "LORA" or "lora_alpha" not in content:

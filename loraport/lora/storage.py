@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     }.items()
 }
 _CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
+_MOST_AXES, _MOST_NUMBERS = 8, 1 << 48
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
@@ -120,7 +122,12 @@ def read_tensors(path: Path | str) -> Tensors:
             f"{path} cannot be read as safetensors: {error}.",
             hint="It is missing, cut short, or not a LoRA file: copy or download it again.",
         ) from error
-    return Tensors(path, header, 8 + length)
+    tensors = Tensors(path, header, 8 + length)
+    for name, shape in tensors.shapes.items():
+        # An empty tensor can claim any other side, beyond what an array can have.
+        if len(shape) > _MOST_AXES or math.prod(max(side, 1) for side in shape) > _MOST_NUMBERS:
+            raise DataError(f"{path}: tensor {name} has an impossible shape: {shape}.")
+    return tensors
 
 
 def _refuse_what_is_no_file(path: Path) -> None:

@@ -101,6 +101,8 @@ def test_a_truncated_file_is_named_in_the_error(good, kept):
         {"a": entry(0, 8, dtype="F99")},
         {"a": {"shape": [2]}},
         {"a": entry(0, 8, (-2,))},
+        {"a": entry(0, 8), "b": entry(8, 8, (0, 2**62))},
+        {"a": entry(0, 8, (2, *([1] * 40)))},
     ],
     ids=[
         "garbage",
@@ -113,6 +115,8 @@ def test_a_truncated_file_is_named_in_the_error(good, kept):
         "dtype",
         "no-offsets",
         "negative",
+        "empty but huge",
+        "many axes",
     ],
 )
 def test_a_header_that_lies_is_refused_with_the_path(tmp_path, header):

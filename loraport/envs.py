@@ -108,8 +108,14 @@ def install(name: str, recipe: Recipe, tell: Callable[[str], None], source: Path
         else:
             _step([str(fitting_python(recipe.python)), "-m", "venv", str(folder / "venv")], tell)
     pip = [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install"]
-    tell(f"installing {', '.join([*requirements, *([str(source)] if source else [])])}")
-    _step([*pip, "-c", str(folder / "constraints.txt"), *requirements, *(["-e", str(source)] if source else [])], tell)
+    pip += ["-c", str(folder / "constraints.txt")]
+    # What is at an address of its own may be out of reach: then everything else is there when it is tried again.
+    from_index = [one for one in requirements if "://" not in one]
+    elsewhere = [one for one in requirements if "://" in one]
+    for some in (from_index + (["-e", str(source)] if source else []), *([one] for one in elsewhere)):
+        if some:
+            tell(f"installing {', '.join(some)}")
+            _step([*pip, *some], tell)
     version = package_version(python, recipe.package)
     write_atomic(stamp, json.dumps({"made_from": made_from, "version": version}, indent=2) + "\n")
     tell(f"{name} is ready: {recipe.package} {version} in {folder}")
@@ -210,7 +216,16 @@ def _names(requirement: str, package: str) -> bool:
 def _step(command: list[str], tell: Callable[[str], None]) -> None:
     """Run one installation step, telling its lines. Raises BackendError with the last of them when it fails."""
     last: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    # A repository that wants a password must fail, and not wait for somebody to type it.
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             last = [*last[-7:], line.rstrip()]

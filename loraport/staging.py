@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from loraport.dataset import Item, scan
-from loraport.errors import DataError
+from loraport.errors import BackendError, DataError
 from loraport.families import Family
 from loraport.files import write_atomic
 from loraport.spec.models import TrainSpec
@@ -71,6 +73,23 @@ def stage(items: list[Item], folder: Path, caption: Callable[[Item], str], suffi
         if extra.stem.isdigit() and len(extra.stem) == 5 and int(extra.stem) > len(items):
             extra.unlink()
     return staged
+
+
+def write_tiny_checkpoint(folder: Path) -> None:
+    """A random Ideogram 4 of a few megabytes in the official layout at `folder`, unless it is there.
+
+    By the command `loraport tiny`, which the native trainer brings; raises BackendError where it cannot.
+    """
+    if folder.is_dir():
+        return
+    command = [sys.executable, "-m", "loraport.cli.main", "tiny", "ideogram4", str(folder), "--layout", "official"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise BackendError(
+            f"The tiny checkpoint could not be written: {''.join(last)}",
+            hint="`loraport tiny` makes it, which needs: pip install 'loraport[native]'",
+        )
 
 
 def _link(source: Path, target: Path) -> None:

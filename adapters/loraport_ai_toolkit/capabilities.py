@@ -72,11 +72,8 @@ def verdicts(spec: TrainSpec) -> list[Verdict]:
 def _model(table: VerdictTable) -> None:
     model = table.spec.model
     table.choose("model.family", ["ideogram4"], "ai-toolkit's arch ideogram4", "choose another backend")
-    if model.checkpoint == "tiny" and "arch" not in table.spec.backend.options:
-        table.refused(
-            "model.checkpoint",
-            reason="ai-toolkit's Ideogram 4 has its sizes fixed in code: give the real one, or use native for tiny",
-        )
+    if model.checkpoint == "tiny":
+        table.exact("model.checkpoint", reason="written into the run folder; ai-toolkit is started with its sizes")
     elif "nf4" in model.checkpoint.lower():
         table.refused("model.checkpoint", reason="nf4 weights cannot be read: use ideogram-ai/ideogram-4-fp8")
     else:
@@ -140,7 +137,9 @@ def _dataset(table: VerdictTable) -> None:
         table.ignored("dataset.upscale", reason="squares are always filled, so small images are enlarged")
     table.exact("dataset.flip", reason="mirrored copies are trained beside the originals")
     table.exact("dataset.caption_dropout", reason="an empty caption in that share of samples")
-    table.approximated("dataset.max_text_tokens", reason="a longer caption is cut there without a word")
+    table.exact(
+        "dataset.max_text_tokens", reason="a longer caption ends the run before ai-toolkit, which cuts it, starts"
+    )
     _regularization(table)
 
 

@@ -19,7 +19,7 @@ from loraport.families import Family
 from loraport.files import atomic_path, write_atomic
 from loraport.spec.load import parse_yaml
 from loraport.spec.models import TrainSpec
-from loraport.staging import captioned_items, held_out_items, stage
+from loraport.staging import captioned_items, held_out_items, stage, write_tiny_checkpoint
 from loraport_ai_toolkit import layout
 from loraport_ai_toolkit.captions import staged
 from loraport_ai_toolkit.translate import OWN, TEXT_ENCODER
@@ -93,7 +93,10 @@ def write_job(spec: TrainSpec, run_dir: Path, family: Family, tell: Callable[[st
     config.pop(OWN)
     process = config["config"]["process"][0]
     model = process["model"]
-    base = Path(model["name_or_path"])
+    if model["name_or_path"] == "tiny":
+        model["name_or_path"] = layout.TINY
+        write_tiny_checkpoint(run_dir / layout.TINY)
+    base = run_dir / model["name_or_path"]
     if base.is_dir():
         _check_checkpoint(base)
         local = _local_text_encoder(base, run_dir)
@@ -113,7 +116,7 @@ def write_job(spec: TrainSpec, run_dir: Path, family: Family, tell: Callable[[st
 def is_local(model: dict[str, Any], run_dir: Path) -> bool:
     """Whether nothing of the model has to come from the hub."""
     text_encoder = Path(model["model_kwargs"]["text_encoder_path"])
-    return Path(model["name_or_path"]).is_dir() and (run_dir / text_encoder).is_dir()
+    return (run_dir / model["name_or_path"]).is_dir() and (run_dir / text_encoder).is_dir()
 
 
 def _readable(item: Item, folder: Path, number: int) -> Item:

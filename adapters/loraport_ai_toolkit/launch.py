@@ -20,23 +20,27 @@ from types import FrameType
 from typing import Any
 
 from loraport.backend import Readiness
-from loraport.envs import find_interpreter
-from loraport.errors import BackendError, Interrupted, LoraPortError, RunFolderError
+from loraport.envs import find_interpreter, problem_with
+from loraport.errors import BackendError, Interrupted, LoraPortError, RunFolderError, SpecError
 from loraport.run.errors_line import encode_error
 from loraport.run.events import Event, PhaseStarted, Sample, Warn, encode
 from loraport.spec.models import TrainSpec
 from loraport_ai_toolkit import control, layout
 from loraport_ai_toolkit.collect import collect, numbered_saves, read_save
 from loraport_ai_toolkit.job import captions_read_otherwise, is_local, stage_images, warning_about_captions, write_job
+from loraport_ai_toolkit.lengths import check_lengths
 from loraport_ai_toolkit.losses import Steps
 from loraport_ai_toolkit.progress import Reader, diagnose, phase_of
 from loraport_ai_toolkit.recipe import (
     CHECKOUT_VARIABLE,
+    ENVIRONMENT,
     checkout_problem,
     checkout_version,
     default_checkout,
     how_to_get_it,
 )
+
+TINY_RUN = Path(__file__).with_name("tiny_run.py")
 
 #: Variables that would steer ai-toolkit, or its accelerate, from outside the spec.
 _STRAY = ("SEED", "DEBUG_TOOLKIT", "MODELS_PATH", "AITK_JOB_ID", "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
@@ -54,13 +58,18 @@ def find_checkout() -> Path:
     return Path(given).expanduser().absolute() if given else default_checkout()
 
 
-def readiness() -> Readiness:
-    """Whether a checkout of a fitting version is there."""
+def readiness(given: Path | None = None) -> Readiness:
+    """Whether a checkout of a fitting version is there, and an interpreter, the one given or found, to run it."""
     folder = find_checkout()
-    problem = checkout_problem(folder)
-    if problem is None:
-        return Readiness(True, f"ai-toolkit {checkout_version(folder)} in {folder}")
-    return Readiness(False, f"{problem}. {how_to_get_it()}")
+    if problem := checkout_problem(folder):
+        return Readiness(False, f"{problem}. {how_to_get_it()}")
+    try:
+        python = find_interpreter(_NAME, given)
+    except SpecError as error:
+        return Readiness(False, error.message)
+    if problem := problem_with(python, ENVIRONMENT):
+        return Readiness(False, f"{problem}. Install it with: loraport backends install {_NAME}")
+    return Readiness(True, f"ai-toolkit {checkout_version(folder)} in {folder}, run by {python}")
 
 
 def main() -> int:
@@ -98,7 +107,11 @@ def _run(run_dir: Path) -> None:
     begin = _prepare_saves(run_dir / layout.save_folder(spec.name), launch["job"])
     control.create(run_dir / layout.DATABASE, begin, spec.train.steps, spec.save.every)
     environment = trainer_environment(launch["device"], offline=is_local(model, run_dir))
-    _Session(spec, run_dir, begin).run([str(python), str(checkout / "run.py"), str(run_dir / layout.JOB)], environment)
+    items, text_encoder = [item for item, _ in captions], model["model_kwargs"]["text_encoder_path"]
+    check_lengths(items, spec.dataset.max_text_tokens, python, text_encoder, run_dir, environment)
+    tiny = spec.model.checkpoint == "tiny"
+    start = [str(TINY_RUN), str(checkout)] if tiny else [str(checkout / "run.py")]
+    _Session(spec, run_dir, begin).run([str(python), *start, str(run_dir / layout.JOB)], environment)
 
 
 def trainer_environment(device: str, offline: bool) -> dict[str, str]:

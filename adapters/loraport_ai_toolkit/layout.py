@@ -15,6 +15,7 @@ REGULARIZATION = "backend/regularization"
 VALIDATION = "backend/validation"
 CONVERTED = "backend/converted"  #: images that ai-toolkit would not read, or would read otherwise, as PNG
 TEXT_ENCODER = "backend/text_encoder"  #: links to a local text encoder and its tokenizer
+TINY = "backend/tiny"  #: the checkpoint that the spec calls tiny
 OUTPUT = "backend/output"
 
 #: What ai-toolkit itself writes beside its saves. It takes whatever begins with the job's name for a save of the job.

@@ -34,7 +34,7 @@ class AiToolkit:
     def readiness(self, python: Path | None = None) -> Readiness:
         from loraport_ai_toolkit.launch import readiness
 
-        return readiness()
+        return readiness(python)
 
     def translate(self, spec: TrainSpec, context: Context) -> Translation:
         from loraport_ai_toolkit.translate import translate

@@ -18,7 +18,7 @@ CHECKOUT_VARIABLE = "LORAPORT_AI_TOOLKIT"
 #: ai-toolkit's own pins of what an Ideogram training imports. Its checkout is not installed.
 ENVIRONMENT = Recipe(
     package="optimum-quanto",
-    versions="==0.2.4",
+    versions=">=0.2.4,<0.3",
     module="optimum.quanto",
     python=">=3.10,<3.13",
     requirements=[

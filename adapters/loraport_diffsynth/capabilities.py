@@ -328,6 +328,11 @@ def _options(table: VerdictTable) -> None:
     if unknown or wrong:
         known = "; ".join(f"{name}: {what}" for name, what in OPTIONS.items())
         table.refused("backend.options", reason=f"not usable: {', '.join(unknown + wrong)}. Known: {known}")
+    elif fixed := [one for one in options.get("arguments", []) if one.partition("=")[0] in _PLACES]:
+        table.refused(
+            "backend.options",
+            reason=f"{', '.join(fixed)}: a run keeps its files together, choose its folder with --out",
+        )
     elif is_split(table.spec) and _cannot_split(table.spec):
         table.refused("backend.options", reason="a checkout's script cannot split this checkpoint: leave split out")
     else:
@@ -338,6 +343,8 @@ def _strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+#: Arguments that say where a run's files are, which is not for options to change.
+_PLACES = ("--output_path", "--dataset_base_path", "--dataset_metadata_path")
 _TYPES = {
     "script": lambda value: isinstance(value, str) and value.startswith("/"),
     "split": lambda value: isinstance(value, bool),

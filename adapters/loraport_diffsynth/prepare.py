@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +13,12 @@ from PIL import ImageOps
 
 from loraport.buckets import bucket_for, fit
 from loraport.dataset import Item, load_image, scan
-from loraport.errors import BackendError, DataError
+from loraport.errors import DataError
 from loraport.files import atomic_path, write_atomic
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.lora.storage import read_tensors
 from loraport.spec.models import DatasetSection, TrainSpec
-from loraport.staging import captioned_items
+from loraport.staging import captioned_items, write_tiny_checkpoint
 from loraport_diffsynth.translate import CHECKPOINT, TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE
 
 
@@ -116,8 +114,7 @@ def lay_out_checkpoint(checkpoint: str, backend: Path) -> bool:
     """
     link = backend / CHECKPOINT
     if checkpoint == "tiny":
-        if not link.is_dir():
-            _write_tiny(link)
+        write_tiny_checkpoint(link)
     else:
         link.unlink(missing_ok=True)
         link.symlink_to(checkpoint)
@@ -134,15 +131,3 @@ def lay_out_checkpoint(checkpoint: str, backend: Path) -> bool:
             hint="DiffSynth cannot read diffusers' split attention: use the official files, or the native backend.",
         )
     return any(key.endswith(".weight_scale") or "quant_state" in key for key in keys)
-
-
-def _write_tiny(folder: Path) -> None:
-    """A random checkpoint, by the command `loraport tiny`, which the native trainer brings."""
-    command = [sys.executable, "-m", "loraport.cli.main", "tiny", "ideogram4", str(folder), "--layout", "official"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise BackendError(
-            f"The tiny checkpoint could not be written: {''.join(last)}",
-            hint="`loraport tiny` makes it, which needs: pip install 'loraport[native]'",
-        )

@@ -289,6 +289,11 @@ def _options(table: VerdictTable) -> None:
         table.refused("backend.options", reason="config is a mapping of SimpleTuner's keys")
     elif memory.conflict(table.spec) is not None:
         table.refused("backend.options", reason=f"config: {memory.conflict(table.spec)}")
+    elif fixed := sorted(set(config) & set(mapping.PLACES)):
+        table.refused(
+            "backend.options",
+            reason=f"{', '.join(fixed)}: a run keeps its files together, choose its folder with --out",
+        )
     elif config:
         table.approximated(
             "backend.options",

@@ -36,6 +36,8 @@ PRECISIONS: dict[tuple[str, str], str] = {
     ("int8", "int8"): "int8dq-torchao",
 }
 MIXED_PRECISION = {"bf16": "bf16", "fp32": "no"}
+#: Keys of config.json that say where a run's files are, which is not for options to change.
+PLACES = ("output_dir", "data_backend_config", "resume_from_checkpoint", "lycoris_config", "report_to")
 #: Options of backend.options.
 OPTIONS = {"version": "version of SimpleTuner to write keys for", "config": "further keys of its config.json"}
 

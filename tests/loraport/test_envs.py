@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def checkout(tmp_path: Path) -> Path:
     (folder / "my_trainer.py").write_text("VALUE = 1\n")
     (folder / "backend.py").write_text(
         "import base64, hashlib, pathlib, zipfile\n"
-        "def build_editable(folder, config_settings=None, metadata_directory=None):\n"
+        "def build_wheel(folder, config_settings=None, metadata_directory=None):\n"
         "    name = 'my_trainer-2.5-py3-none-any.whl'\n"
         "    info = 'my_trainer-2.5.dist-info/'\n"
         "    files = {'my_trainer.pth': str(pathlib.Path.cwd()),\n"
@@ -55,8 +56,23 @@ def checkout(tmp_path: Path) -> Path:
         "        for path, text in files.items(): wheel.writestr(path, text)\n"
         "        wheel.writestr(info + 'RECORD', ''.join(f'{path},,\\n' for path in [*files, info + 'RECORD']))\n"
         "    return name\n"
+        "build_editable = build_wheel\n"
     )
     return folder
+
+
+def commit(folder: Path, message: str) -> str:
+    """Put all of a folder into its git repository, which is made where there is none; the commit's name."""
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
+        done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+        return done.stdout.decode().strip()
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", message)
+    return git("rev-parse", "HEAD")
 
 
 RECIPE = Recipe(package="my-trainer", versions=">=2,<3", module="my_trainer", requirements=["my-trainer==2.5"])
@@ -146,17 +162,9 @@ def test_backends_without_an_environment_say_so() -> None:
 
 @pytest.mark.slow
 def test_a_trainer_that_is_a_checkout_is_cloned_at_its_commit_or_linked(checkout: Path) -> None:
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
-        done = subprocess.run(["git", "-C", str(checkout), *identity, *arguments], check=True, capture_output=True)
-        return done.stdout.decode().strip()
-
-    git("init", "--quiet")
-    git("add", ".")
-    git("commit", "--quiet", "-m", "first")
-    first = git("rev-parse", "HEAD")
+    first = commit(checkout, "first")
     (checkout / "my_trainer.py").write_text("VALUE = 2\n")
-    git("commit", "--quiet", "-a", "-m", "second")
+    commit(checkout, "second")
     recipe = Recipe("pip", ">1", "pip", ["pip"], checkout=Checkout(str(checkout), first))
     told: list[str] = []
     install("mine", recipe, told.append)
@@ -165,3 +173,25 @@ def test_a_trainer_that_is_a_checkout_is_cloned_at_its_commit_or_linked(checkout
         install("mine", recipe, told.append, checkout)
     install("other", recipe, told.append, checkout)
     assert (source_folder("other") / "my_trainer.py").read_text() == "VALUE = 2\n"
+
+
+@pytest.mark.slow
+def test_a_requirement_that_is_out_of_reach_is_named_and_the_rest_stays_for_the_next_try(
+    checkout: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    recipe = Recipe("my-trainer", ">=2,<3", "my_trainer", ["pip", f"my-trainer @ git+file://localhost{elsewhere}"])
+    told: list[str] = []
+    with pytest.raises(BackendError, match=r"elsewhere(.|\n)*goes on where it stopped"):
+        install("mine", recipe, told.append)
+    assert "installing pip" in told
+    assert not (environment_folder("mine") / STAMP).exists()
+    assert find_interpreter("mine") == Path(sys.executable)
+
+    shutil.copytree(checkout, elsewhere)
+    commit(elsewhere, "first")
+    told.clear()
+    python = install("mine", recipe, told.append)
+    assert not any(line.startswith("making") for line in told)
+    assert find_interpreter("mine") == python
+    assert package_version(python, "my-trainer") == "2.5"

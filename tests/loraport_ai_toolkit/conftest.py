@@ -33,17 +33,16 @@ _outcomes: dict[str, str] = {}
 
 @pytest.fixture(scope="session")
 def ai_toolkit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The real ai-toolkit, in a folder of links to its own with the harness's run.py and tiny architecture."""
+    """The real ai-toolkit, in a folder of links to its own with the harness's run.py."""
     checkout, python = os.environ.get("LORAPORT_AI_TOOLKIT"), os.environ.get("LORAPORT_AI_TOOLKIT_PYTHON")
     if not checkout or not python:
         pytest.skip("LORAPORT_AI_TOOLKIT and LORAPORT_AI_TOOLKIT_PYTHON do not say where the real ai-toolkit is")
-    folder = tmp_path_factory.mktemp("ai-toolkit")
+    folder = tmp_path_factory.mktemp("ai-toolkit, ü")
     for path in Path(checkout).iterdir():
-        if path.name not in ("run.py", "extensions"):
+        if path.name != "run.py":
             (folder / path.name).symlink_to(path)
     (folder / "real_run.py").symlink_to(Path(checkout) / "run.py")
     shutil.copyfile(HARNESS / "run.py", folder / "run.py")
-    shutil.copytree(HARNESS / "loraport_tiny", folder / "extensions" / "loraport_tiny")
     return {"checkout": folder, "python": Path(python)}
 
 

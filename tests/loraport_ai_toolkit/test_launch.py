@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,56 +27,7 @@ from loraport_ai_toolkit.launch import _prepare_saves, readiness, trainer_enviro
 from loraport_ai_toolkit.recipe import CHECKOUT_VARIABLE
 from loraport_ai_toolkit.translate import translate
 
-STAND_IN = """
-import json, os, sqlite3, struct, sys, time
-job = json.load(open(sys.argv[1]))["config"]
-process, name = job["process"][0], job["name"]
-folder = os.path.join(process["training_folder"], name)
-os.makedirs(folder, exist_ok=True)
-database = sqlite3.connect(process["sqlite_db_path"], isolation_level=None)
-mode, steps = os.environ["MODE"], process["train"]["steps"]
-
-def save(step, tail):
-    header = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
-              "__metadata__": {"training_info": json.dumps({"step": step, "epoch": 0})}}
-    text = json.dumps(header).encode()
-    path = os.path.join(folder, name + tail + ".safetensors")
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text + bytes(4))
-    print("Saved checkpoint to", path)
-    time.sleep(0.02)
-    print("Saved optimizer to", os.path.join(folder, "optimizer.pt"))
-
-def asked(column):
-    return database.execute(f"SELECT {column} FROM Job WHERE id = ?", (os.environ["AITK_JOB_ID"],)).fetchone()[0] == 1
-
-def step_done(step):
-    database.execute("UPDATE Job SET step = ?, status = 'running', info = 'Training'", (str(step),))
-    if asked("stop"):
-        sys.exit(1)
-    if asked("save_now"):
-        database.execute("UPDATE Job SET save_now = '0'")
-        save(step, "_%09d" % step)
-        if asked("stop"):
-            sys.exit(1)
-
-if mode == "environment":
-    print("ENV", json.dumps(dict(os.environ)))
-    print("WITH", json.dumps(process["sample"]["samples"]))
-if mode == "no-file":
-    sys.exit(0)
-if mode == "gated":
-    print("huggingface_hub.errors.GatedRepoError: 403 Client Error.", file=sys.stderr)
-    sys.exit(1)
-for step in range(1, steps + 1):
-    if mode == "nan":
-        print("loss is nan")
-    loss = "0.000e+00" if mode == "nan" else f"{step}.000e+00"
-    sys.stderr.write(f"\\rx:  1%| | {step - 1}/{steps} [00:00<00:00, 1.00it/s, lr: 1.0e-0{step % 9} loss: {loss}]")
-    step_done(step)
-    time.sleep(0.05 if mode in ("slow", "nan") else 0)
-save(steps, "")
-"""
+STAND_IN = Path(__file__).parent.parent / "stand_ins" / "ai_toolkit.py"
 
 CAPTION_RULES = "def digest_caption_string(text):\n    return text\n"
 
@@ -86,7 +38,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (checkout / "toolkit").mkdir(parents=True)
     (checkout / "extensions_built_in" / "diffusion_models" / "ideogram4").mkdir(parents=True)
     (checkout / "version.py").write_text('VERSION = "0.12.26"\n')
-    (checkout / "run.py").write_text(STAND_IN)
+    shutil.copyfile(STAND_IN, checkout / "run.py")
     (checkout / "toolkit" / "ideogram_caption.py").write_text(CAPTION_RULES)
     monkeypatch.setenv(CHECKOUT_VARIABLE, str(checkout))
     images = tmp_path / "bilder und mehr"
@@ -115,7 +67,7 @@ def launch(run_dir: Path, mode: str, **sections: Any) -> subprocess.Popen[str]:
         write_atomic(run_dir / name, text)
     return subprocess.Popen(
         made.command,
-        env={**os.environ, **made.env, "MODE": mode},
+        env={**os.environ, **made.env, "STAND_IN": mode},
         cwd=run_dir,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -222,7 +174,7 @@ def test_a_checkout_that_is_not_there_says_how_to_get_it(tmp_path: Path, monkeyp
 
 def test_a_checkout_of_another_version_is_told(run_dir: Path) -> None:
     version = Path(os.environ[CHECKOUT_VARIABLE]) / "version.py"
-    assert readiness().ready
+    assert "0.12.26" not in readiness().detail
     version.write_text('VERSION = "0.9.0"\n')
 
     assert "0.9.0" in readiness().detail

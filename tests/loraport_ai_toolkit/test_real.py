@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -25,6 +26,7 @@ from loraport_ai_toolkit import layout
 from loraport_ai_toolkit.capabilities import INT8_COMPUTE, QTYPES, matching_modules, verdicts
 from loraport_ai_toolkit.captions import staged
 from loraport_ai_toolkit.job import _local_text_encoder
+from loraport_ai_toolkit.launch import TINY_RUN
 from loraport_ai_toolkit.translate import NO_CLIPPING, config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -42,6 +44,7 @@ OURS = {
     "dataset.default_caption",
     "dataset.trigger_word",
     "dataset.upscale",
+    "dataset.max_text_tokens",
     "dataset.regularization.path",
     "dataset.regularization.caption_ext",
     "dataset.regularization.repeats",
@@ -183,7 +186,7 @@ def write_spec(tmp_path: Path, ai_toolkit: dict[str, Path], **sections: dict[str
     content: dict[str, Any] = {
         "version": 1,
         "name": "tiny run".replace(" ", "_"),
-        "model": {"checkpoint": str(tmp_path / "tiny checkpoint"), "dtype": "fp32"},
+        "model": {"checkpoint": str(tmp_path / "tiny checkpoint, ü"), "dtype": "fp32"},
         "dataset": {"path": str(IMAGES), "resolution": 64, "trigger_word": "zork", "caption_dropout": 0.1},
         "lora": {"rank": 4},
         "train": {"steps": 4, "optimizer": "adamw", "learning_rate": 1e-3},
@@ -191,7 +194,7 @@ def write_spec(tmp_path: Path, ai_toolkit: dict[str, Path], **sections: dict[str
         "backend": {
             "name": "ai-toolkit",
             "python": str(ai_toolkit["python"]),
-            "options": {"arch": "loraport_tiny", "device": "cpu"},
+            "options": {"device": "cpu"},
         },
     }
     for name, section in sections.items():
@@ -201,12 +204,14 @@ def write_spec(tmp_path: Path, ai_toolkit: dict[str, Path], **sections: dict[str
     return path
 
 
-def start(tmp_path: Path, ai_toolkit: dict[str, Path], *arguments: str) -> subprocess.Popen[str]:
+def start(tmp_path: Path, ai_toolkit: dict[str, Path], *arguments: str, tiny: bool = True) -> subprocess.Popen[str]:
+    """The `loraport` command; `tiny` lets ai-toolkit take the small checkpoint."""
     environment = {
         **os.environ,
         "LORAPORT_AI_TOOLKIT": str(ai_toolkit["checkout"]),
         "LORAPORT_CACHE": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",
+        **({"HARNESS_TINY": str(TINY_RUN.parent)} if tiny else {}),
     }
     command = [sys.executable, str(Path(__file__).with_name("command.py")), *arguments]
     return subprocess.Popen(
@@ -251,6 +256,11 @@ def optimizer_steps(ai_toolkit: dict[str, Path], run: Path) -> int:
     return int(done.stdout)
 
 
+def images_seen(run: Path) -> int:
+    """The images that ai-toolkit's model was given, as the harness noted them in its process."""
+    return sum(int(line) for line in (run / "images-seen").read_text().splitlines())
+
+
 def modules_in(path: Path) -> set[str]:
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -265,16 +275,18 @@ def modules_in(path: Path) -> set[str]:
 def tiny(tmp_path: Path, ai_toolkit: dict[str, Path]) -> Path:
     from loraport_native.tiny import write_tiny
 
-    return write_tiny(tmp_path / "tiny checkpoint", layout="official")
+    return write_tiny(tmp_path / "tiny checkpoint, ü", layout="official")
 
 
 def test_four_steps_with_a_checkpoint_end_in_a_proven_lora_for_comfyui(
     tmp_path: Path, ai_toolkit: dict[str, Path], tiny: Path
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in IMAGES.iterdir()}
-    run = tmp_path / "out put"
+    run = tmp_path / "out put ü"
 
-    finish(start(tmp_path, ai_toolkit, "train", str(write_spec(tmp_path, ai_toolkit)), "--out", str(run)))
+    spec = write_spec(tmp_path, ai_toolkit, train={"gradient_accumulation": 2})
+
+    finish(start(tmp_path, ai_toolkit, "train", str(spec), "--out", str(run)))
 
     assert [event["step"] for event in events(run, "step")] == [1, 2, 3, 4]
     assert all(math.isfinite(event["loss"]) and event["lr"] == 1e-3 for event in events(run, "step"))
@@ -287,7 +299,9 @@ def test_four_steps_with_a_checkpoint_end_in_a_proven_lora_for_comfyui(
     assert json.loads((run / "proof.json").read_text())["ok"] is True
     assert not events(run, "warning")
     assert {path: path.stat().st_mtime_ns for path in IMAGES.iterdir()} == before
-    assert work_of(run) == native_work(run, tmp_path / "ours")
+    theirs = work_of(run, images_seen(run))
+    assert theirs.images == 4 * 2
+    assert theirs == native_work(run, tmp_path / "ours")
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_and_does_each_step_once(
@@ -347,8 +361,43 @@ def test_a_lokr_is_trained_and_proven(tmp_path: Path, ai_toolkit: dict[str, Path
 def test_a_checkpoint_that_does_not_fit_is_one_clear_error(
     tmp_path: Path, ai_toolkit: dict[str, Path], tiny: Path
 ) -> None:
-    spec = write_spec(tmp_path, ai_toolkit, backend={"options": {"device": "cpu"}})
+    spec = write_spec(tmp_path, ai_toolkit)
 
-    output = finish(start(tmp_path, ai_toolkit, "train", str(spec), "--out", str(tmp_path / "run")), 4)
+    output = finish(start(tmp_path, ai_toolkit, "train", str(spec), "--out", str(tmp_path / "run"), tiny=False), 4)
 
     assert "do not fit ai-toolkit's model" in output
+
+
+def test_one_image_is_enough_and_a_caption_that_is_too_long_is_one_clear_error(
+    tmp_path: Path, ai_toolkit: dict[str, Path], tiny: Path
+) -> None:
+    images = tmp_path / "ein Bild – ü"
+    images.mkdir()
+    shutil.copyfile(IMAGES / "cat.jpg", images / "é 1.jpg")
+    shutil.copyfile(IMAGES / "cat.json", images / "é 1.json")
+    spec = write_spec(
+        tmp_path, ai_toolkit, dataset={"path": str(images)}, train={"batch_size": 2, "gradient_accumulation": 2}
+    )
+    finish(start(tmp_path, ai_toolkit, "train", str(spec), "--out", str(tmp_path / "rün")))
+    assert images_seen(tmp_path / "rün") == 4 * 2 * 2
+
+    (images / "é 1.json").write_text(json.dumps({"compositional_deconstruction": {"background": "wall " * 2500}}))
+    output = finish(start(tmp_path, ai_toolkit, "train", str(spec), "--out", str(tmp_path / "too long")), 4)
+    assert "é 1.jpg has" in output
+    assert "dataset.max_text_tokens (2048)" in output
+    assert "Traceback" not in output
+
+
+def test_the_doctor_trains_two_steps_with_the_tiny_checkpoint(tmp_path: Path, ai_toolkit: dict[str, Path]) -> None:
+    (tmp_path / "config.yaml").write_text(json.dumps({"python": {"ai-toolkit": str(ai_toolkit["python"])}}))
+    code = "from loraport.cli.doctor import train_two_steps; train_two_steps('ai-toolkit', print)"
+    environment = {
+        **os.environ,
+        "LORAPORT_AI_TOOLKIT": str(ai_toolkit["checkout"]),
+        "LORAPORT_HOME": str(tmp_path),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    assert done.stdout.strip() == "trained 2 steps to a LoRA that is proven for ComfyUI", done.stderr[-3000:]

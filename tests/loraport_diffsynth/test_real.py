@@ -6,10 +6,14 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from equal_work import native_work, work_of
 
@@ -47,6 +51,12 @@ def small(make_spec: MakeSpec, tiny: Path, pictures: Path) -> Callable[..., Trai
         return make_spec(**basis)
 
     return make
+
+
+def passes(run_dir: Path) -> int:
+    """How often DiffSynth's own progress bar says its model was trained with an image."""
+    bars = re.findall(r"(\d+)/\d+ \[", (run_dir / "log.txt").read_text(encoding="utf-8"))
+    return int(bars[-1])
 
 
 def modules_of(result: RunResult) -> set[str]:
@@ -144,6 +154,71 @@ def test_a_failure_of_diffsynth_is_one_clear_error(
         train(small(**sections), "diffsynth", tmp_path / "run")
 
 
+@pytest.fixture
+def command(small: Any, tmp_path: Path, pictures: Path) -> Callable[..., subprocess.Popen[str]]:
+    """command(argument, …): the `loraport` command beside a spec of one picture."""
+    for extra in ("1", "2"):
+        (pictures / f"{extra}.png").unlink()
+        (pictures / f"{extra}.json").unlink()
+    spec = small(train={"steps": 400, "gradient_accumulation": 1})
+    (tmp_path / "spéc 1.yaml").write_text(spec.to_yaml(), encoding="utf-8")
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "loraport.cli.main", *arguments],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def test_a_diffsynth_that_is_killed_mid_run_is_one_error_and_goes_on_from_its_last_save(
+    command: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = command("train", "spéc 1.yaml", "--set", "train.steps=400", "--out", "ein lauf ü")
+    saves = tmp_path / "ein lauf ü" / "backend" / "output"
+    deadline = time.monotonic() + 120
+    while not list(saves.glob("step-*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (trainer,) = (child for child in psutil.Process(process.pid).children(recursive=True) if entry_is_run_by(child))
+    trainer.kill()
+    said, told = process.communicate(timeout=60)
+    assert process.returncode == 6
+    assert told.count("error: ") == 1
+    assert "SIGKILL" in told
+    assert "Traceback" not in said + told
+    # The spec of a run is its own; a short one is soon done.
+    spec = tmp_path / "ein lauf ü" / "spec.yaml"
+    kept = max(int(path.stem.partition("-")[2]) for path in saves.glob("step-*"))
+    spec.write_text(spec.read_text(encoding="utf-8").replace("steps: 400", f"steps: {kept + 2}"), encoding="utf-8")
+    process = command("resume", "ein lauf ü")
+    said, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert f"step {kept + 2}/{kept + 2}" in said
+
+
+def entry_is_run_by(process: psutil.Process) -> bool:
+    return any(word.endswith("entry.py") for word in process.cmdline())
+
+
+def test_a_caption_of_more_than_2048_tokens_is_one_error_before_training(
+    command: Callable[..., subprocess.Popen[str]], pictures: Path
+) -> None:
+    long = {"compositional_deconstruction": {"background": "wall " * 2500, "elements": []}}
+    (pictures / "0.json").write_text(json.dumps(long))
+    process = command("train", "spéc 1.yaml", "--out", "run")
+    said, told = process.communicate(timeout=120)
+    assert process.returncode == 4
+    assert told.count("error: ") == 1
+    assert "more than dataset.max_text_tokens (2048)" in told
+    assert "Traceback" not in said + told
+
+
 def test_a_checkouts_own_script_trains_too(small: Any, tmp_path: Path) -> None:
     script = os.environ.get("LORAPORT_DIFFSYNTH_SCRIPT")
     if not script:
@@ -157,4 +232,6 @@ def test_a_checkouts_own_script_trains_too(small: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("targets", ["attention", "attention+mlp", "all"])
 def test_it_does_the_same_work_as_the_native_trainer(small: Any, tmp_path: Path, targets: str) -> None:
     result = train(small(lora={"targets": targets}), "diffsynth", tmp_path / "theirs")
-    assert work_of(result.folder) == native_work(result.folder, tmp_path / "ours")
+    theirs = work_of(result.folder, passes(result.folder))
+    assert theirs.images == 4 * 2
+    assert theirs == native_work(result.folder, tmp_path / "ours")

@@ -21,60 +21,7 @@ from loraport.run.supervisor import write_files
 from loraport_simpletuner import launch
 from loraport_simpletuner.translate import translate
 
-STAND_IN = """
-import json, os, signal, sys, time
-from pathlib import Path
-mode = sys.argv[1]
-out = Path("output"); out.mkdir(exist_ok=True)
-config = json.loads(Path("config/config.json").read_text())
-total = config["max_train_steps"]
-asked = Path(os.environ["SIMPLETUNER_ACCELERATE_SIGNAL_FILE"])
-
-def log(step, **metrics):
-    with open(out / "training_metrics.jsonl", "a") as file:
-        for more in ({"learning_rate": 1e-4, "seconds_per_step": 0.5} | metrics, {"system/cpu": 1.0}):
-            file.write(json.dumps({"step": step, "metrics": more}) + "\\n")
-
-def checkpoint(step):
-    folder = out / f"checkpoint-{step}"; folder.mkdir(exist_ok=True)
-    (folder / ".guard").write_text("complete")
-
-def finish(step):
-    (out / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
-    (out / "training_metrics.json").write_text(json.dumps({"status": "completed", "last_step": step}))
-
-print(json.dumps({k: os.environ.get(k) for k in ("ENV", "CONFIG_PATH", "CONFIG_BACKEND", "HF_HUB_OFFLINE",
-      "ACCELERATE_MIXED_PRECISION", "PYTHONPATH")}), os.getpgid(0) == os.getpid(), flush=True)
-print("Configuring text embed backend: text", flush=True)
-if mode == "empty":
-    sys.exit(0)
-if mode == "zero":
-    print("ValueError: Dataset configuration will produce zero usable batches.", flush=True); sys.exit(0)
-if mode == "oom":
-    print("Traceback (most recent call last):\\ntorch.OutOfMemoryError: CUDA out of memory. Tried", flush=True)
-    sys.exit(1)
-if mode == "deaf":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-if mode == "stop":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))  # as SimpleTuner: it ends well, with nothing saved
-for step in range(1, total + 1):
-    bar = f"{step}/{total} [00:01<00:03, 1.0it/s, lr=1e-4, step_loss=0.5]"
-    print(f"\\rEpoch 1/1, Steps:  25%|#### | {bar}", end="", flush=True)
-    if mode != "bar":
-        log(step, **({} if mode == "nan" and step == 2 else {"train_loss": 0.5}))
-    time.sleep(0.05)
-    if mode in ("stop", "deaf") and step == 2:
-        time.sleep(0.4)
-        os.kill(os.getppid(), signal.SIGINT)
-        if mode == "deaf":
-            time.sleep(0.6); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)
-        for _ in range(100):
-            time.sleep(0.05)
-            if json.loads(asked.read_text()).get("manual_checkpoint"):
-                checkpoint(step); time.sleep(60)
-checkpoint(total)
-finish(total)
-"""
+STAND_IN = Path(__file__).parent.parent / "stand_ins" / "simpletuner.py"
 
 
 @pytest.fixture(autouse=True)
@@ -104,9 +51,8 @@ def run(
         spec = make_spec(train={"steps": 4}, **sections)
         made = translate(spec, Context(folder, resume))
         plan = json.loads(made.files["backend/launch.json"])
-        script = tmp_path / "stand_in.py"
-        script.write_text(STAND_IN)
-        plan["arguments"] = [str(script), mode]
+        plan["arguments"] = [str(STAND_IN)]
+        monkeypatch.setenv("STAND_IN", mode)
         write_files(_Files(made.files | {"backend/launch.json": json.dumps(plan)}), folder)
         (folder / "spec.yaml").write_text(spec.to_yaml(), encoding="utf-8")
         code = launch.main(folder)

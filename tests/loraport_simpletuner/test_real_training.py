@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from equal_work import native_work, work_of
+from PIL import Image
 
 from loraport.lora.storage import read_tensors
 from loraport.run.record import read_events
@@ -235,6 +236,46 @@ def test_a_loss_that_is_not_a_number_is_one_clear_error(lab: Lab) -> None:
 
 
 def test_it_does_the_same_work_as_the_native_trainer(lab: Lab, tmp_path: Path) -> None:
-    code, said = lab.train(lab.spec())
+    code, said = lab.train(lab.spec(train={"gradient_accumulation": 2}))
     assert code == 0, said
-    assert work_of(lab.run) == native_work(lab.run, tmp_path / "ours")
+    # It writes the noise level of each image that its model was given.
+    drawn = (lab.run / "backend" / "output" / "timestep_distribution.jsonl").read_text().splitlines()
+    theirs = work_of(lab.run, sum(len(json.loads(line)["timesteps"]) for line in drawn))
+    assert theirs.images == 4 * 2
+    assert theirs == native_work(lab.run, tmp_path / "ours")
+
+
+def test_samples_are_drawn_and_the_held_out_loss_is_measured_without_changing_the_training(lab: Lab) -> None:
+    drawn = {"every": 2, "prompts": ["--seed eine Gräte"], "steps": 2, "guidance": 3, "width": 96, "height": 128}
+    code, said = lab.train(lab.spec(sample=drawn, validation={"every": 2, "images": 1}))
+    assert code == 0, said
+    assert [event.step for event in lab.events("sample")] == [2, 4]
+    for event in lab.events("sample"):
+        with Image.open(lab.run / event.path) as image:
+            assert image.width == 96
+            assert image.height >= 128
+            assert image.convert("L").crop((0, image.height - 128, 96, image.height)).getextrema()[1] > 0
+    assert [event.step for event in lab.events("validation")] == [2, 4]
+    held_out = [event.loss for event in lab.events("validation")]
+    assert held_out[1] < held_out[0]
+    losses = [event.loss for event in lab.events("step")]
+    lab.run = lab.folder / "without samples"
+    code, said = lab.train(lab.spec(validation={"every": 2, "images": 1}))
+    assert code == 0, said
+    assert [event.loss for event in lab.events("step")] == losses
+    assert [event.loss for event in lab.events("validation")] == held_out
+
+
+def test_one_image_is_enough_and_a_caption_that_is_too_long_is_one_clear_error(lab: Lab) -> None:
+    for extra in ("1 é", "2 é"):
+        (lab.images / f"{extra}.png").unlink()
+        (lab.images / f"{extra}.json").unlink()
+    code, said = lab.train(lab.spec(train={"steps": 2, "batch_size": 2, "gradient_accumulation": 2}))
+    assert code == 0, said
+    lab.run = lab.folder / "too long"
+    long = {"compositional_deconstruction": {"background": "wall " * 2500, "elements": []}}
+    (lab.images / "0 é.json").write_text(json.dumps(long))
+    code, said = lab.train(lab.spec())
+    assert code == 4, said
+    assert "too long" in said
+    assert "Traceback" not in said

@@ -1,12 +1,15 @@
 """Stands for ai-toolkit's run.py in a test's copy of its folder: the real one, where parts of it cannot be had.
 
 Packages that it imports at the top and an Ideogram training never calls are replaced by empty ones when they are not
-installed, and torchvision's operators, which a torch for CPUs lacks, are left out.
+installed, and torchvision's operators, which a torch for CPUs lacks, are left out. With HARNESS_TINY set, ai-toolkit
+takes the small checkpoint that the job names, and notes in the run folder how many images its model was given.
 """
 
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
+import os
 import runpy
 import sys
 import types
@@ -61,6 +64,29 @@ def install():
     sys.meta_path.append(_Finder())
 
 
+def take_a_tiny_checkpoint():
+    sys.path.append(os.environ["HARNESS_TINY"])
+    import tiny_run
+
+    base = json.loads(Path(sys.argv[1]).read_text())["config"]["process"][0]["model"]["name_or_path"]
+
+    def change(module):
+        if Path(base).name != "tiny":  # for that one tiny_run has been started itself
+            tiny_run.resize(module, Path(base))
+        predict = module.Ideogram4Model.get_noise_prediction
+
+        def counted(self, latent_model_input, *arguments, **options):
+            with open("images-seen", "a") as file:
+                file.write(f"{len(latent_model_input)}\n")
+            return predict(self, latent_model_input, *arguments, **options)
+
+        module.Ideogram4Model.get_noise_prediction = counted
+
+    sys.meta_path.insert(0, tiny_run.AfterImport(change))
+
+
 if __name__ == "__main__":
     install()
+    if "HARNESS_TINY" in os.environ:
+        take_a_tiny_checkpoint()
     runpy.run_path(str(Path(__file__).with_name("real_run.py")), run_name="__main__")

@@ -70,13 +70,18 @@ def velocity(network, folder):
         return -network._img_to_tokens(network(image, 1 - inputs["time"], inputs["features"])).contiguous()
 
 
-def main(checkout, folder):
+def start(checkout):
+    """Make ComfyUI importable, on the CPU and without what it does not need here."""
     sys.meta_path.insert(0, Absent({name for name in UNUSED if importlib.util.find_spec(name) is None}))
     sys.path.insert(0, checkout)
     sys.argv = ["comfyui", "--cpu"]
     import comfy.options
 
     comfy.options.enable_args_parsing()
+
+
+def main(checkout, folder):
+    start(checkout)
     import comfy.model_patcher
     import comfy.sd
     import comfy.supported_models

@@ -1,0 +1,64 @@
+"""Asks a real ComfyUI which modules its models have and what it makes of LoRA files, without any weights.
+
+python families_child.py CHECKOUT FOLDER: FOLDER/models.json holds, by model, the shapes that ComfyUI recognises it by;
+FOLDER/MODEL/*.safetensors are LoRA files for it. report.json gets, by model, the shapes of its weights, and by file the
+warnings of the loader. FOLDER/MODEL/NAME.probe holds ΔW @ p for every weight that the file changes, where p_j = cos(j).
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from comfyui_child import Lines, start
+
+LARGEST = 70_000_000  # numbers in a weight
+
+
+def by_weight(patches):
+    """{weight: its patches}, in the form that ComfyUI calculates with."""
+    sorted_out = {}
+    for target, patch in patches.items():
+        key, offset, function = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
+        sorted_out.setdefault(key, []).append((1.0, patch, 1.0, offset, function))
+    return sorted_out
+
+
+def main(checkout, folder):
+    start(checkout)
+    import comfy.lora
+    import comfy.lora_convert
+    import comfy.model_detection
+    import comfy.utils
+    import torch
+    from safetensors.torch import save_file
+
+    log, report = Lines(), {}
+    logging.getLogger().addHandler(log)
+    for name, told in json.loads((folder / "models.json").read_text()).items():
+        if "config" in told:
+            config = comfy.model_detection.model_config_from_unet_config(told["config"], None)
+        else:
+            state = {key: torch.empty(shape, device="meta") for key, shape in told["state"].items()}
+            config = comfy.model_detection.model_config_from_unet(state, "")
+        model = config.get_model({}, device=torch.device("meta"))
+        weights = {key: tensor.shape for key, tensor in model.state_dict().items() if tensor.ndim > 1}
+        report[name] = {"weights": {key: list(shape) for key, shape in weights.items()}, "files": {}}
+        for path in sorted((folder / name).glob("*.safetensors")):
+            log.lines = []
+            lora = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(str(path), safe_load=True))
+            patches = comfy.lora.load_lora(lora, comfy.lora.model_lora_keys_unet(model, {}))
+            found = {}
+            for key, several in by_weight(patches).items():
+                shape = weights[key]
+                if shape.numel() > LARGEST:
+                    continue
+                change = comfy.lora.calculate_weight(several, torch.zeros(shape), key).reshape(shape[0], -1)
+                found[key] = (change @ torch.cos(torch.arange(change.shape[1], dtype=torch.float32))).contiguous()
+            save_file(found, path.with_suffix(".probe"))
+            report[name]["files"][path.stem] = log.lines
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,197 @@
+"""What ComfyUI's own loader does with converted files of every family. Needs COMFY_SRC, a checkout, and torch."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import family_models as models
+import numpy as np
+import pytest
+
+from loraport.lora.storage import read_tensors, write_tensors
+from loraport.plugins import plugins
+from loraport.run.finish import detect_dialect
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        "COMFY_SRC" not in os.environ or importlib.util.find_spec("diffusers") is None,
+        reason="COMFY_SRC names no ComfyUI checkout, or diffusers is not installed",
+    ),
+]
+MODELS = ["ideogram4", "flux1", "flux2", "qwen-image", "z-image", "sdxl", "sd15", "sd3-3.5-medium", "wan-14b", "krea2"]
+#: What ComfyUI recognises a model by, beyond its Linear layers.
+MARKS = {
+    "ideogram4": {"embed_image_indicator.weight": (2, 4608)},
+    "flux1": {"double_blocks.0.img_attn.norm.key_norm.scale": (128,)},
+    "flux2": {"double_blocks.0.img_attn.norm.key_norm.scale": (128,)},
+    "qwen-image": {"txt_norm.weight": (3584,)},
+    "z-image": {"noise_refiner.0.attention.k_norm.weight": (128,), "cap_pad_token": (1, 3840)},
+    "sd3-3.5-medium": {
+        "x_embedder.proj.weight": (1536, 16, 2, 2),
+        "joint_blocks.0.context_block.attn.ln_q.weight": (64,),
+        "pos_embed": (1, 384 * 384, 1536),
+    },
+    "wan-14b": {"head.modulation": (1, 2, 5120), "patch_embedding.weight": (5120, 16, 1, 2, 2)},
+    "krea2": {"txtfusion.layerwise_blocks.0.prenorm.scale": (2560,)},
+}
+_UNET = {
+    "use_checkpoint": False,
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "model_channels": 320,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+}
+CONFIGS = {
+    "sdxl": {
+        **_UNET,
+        "num_classes": "sequential",
+        "adm_in_channels": 2816,
+        "num_res_blocks": [2, 2, 2],
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "channel_mult": [1, 2, 4],
+        "transformer_depth_middle": 10,
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        "use_linear_in_transformer": True,
+        "context_dim": 2048,
+        "num_head_channels": 64,
+    },
+    "sd15": {
+        **_UNET,
+        "adm_in_channels": None,
+        "num_res_blocks": [2, 2, 2, 2],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "channel_mult": [1, 2, 4, 4],
+        "transformer_depth_middle": 1,
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        "use_linear_in_transformer": False,
+        "context_dim": 768,
+        "num_heads": 8,
+    },
+}
+#: The keys that ComfyUI itself knows for diffusers' modules of a family: two ways to the same change.
+ITS_OWN = {
+    "flux1": "transformer.{}",
+    "qwen-image": "transformer.{}",
+    "z-image": "transformer.{}",
+    "sd3-3.5-medium": "transformer.{}",
+    "krea2": "transformer.{}",
+    "sdxl": "lora_unet_{}",
+    "sd15": "lora_unet_{}",
+}
+
+
+def first_of_each(model):
+    """The modules of the first and the last layer of each stack, under diffusers' names."""
+    last = {"sd3-3.5-medium": "transformer_blocks.23."}.get(model, "-")
+    parts = [f".{number}." for number in range(1, 60)]
+    return {
+        name: shape
+        for name, shape in models.modules(model).items()
+        if (model in ("sdxl", "sd15") and not any(f"transformer_blocks.{n}." in name for n in range(1, 10)))
+        or name.startswith(last)
+        or not any(f"{stack}{part}" in f".{name}" for stack in ("blocks", "layers", "refiner") for part in parts)
+    }
+
+
+def trained(model):
+    """A rank-2 LoRA under diffusers' names: {module: (down, up)}, and alpha 3."""
+    rng = np.random.default_rng(0)
+    convolutions = {"conv_in", "conv_out", "pos_embed.proj", "patch_embedding"}
+    return {
+        name: (rng.standard_normal((2, columns)).astype(np.float32), rng.standard_normal((rows, 2)).astype(np.float32))
+        for name, (rows, columns) in first_of_each(model).items()
+        if name not in convolutions and "conv" not in name and not (model == "sd15" and ".proj_" in name)
+    }
+
+
+def keyed(factors, pattern):
+    tensors = {}
+    for name, (down, up) in factors.items():
+        key = pattern.format(name.replace(".", "_") if "lora_unet" in pattern else name)
+        alpha = np.array(3, np.float32)
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": alpha}
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def comfy(tmp_path_factory):
+    """The folder that one ComfyUI process filled."""
+    folder, dialects, told = tmp_path_factory.mktemp("families"), plugins().dialects(), {}
+    for model in MODELS:
+        (folder / model).mkdir()
+        state = {f"{name}.weight": shape for name, shape in models.natives(model).items()}
+        told[model] = {"config": CONFIGS[model]} if model in CONFIGS else {"state": {**state, **MARKS[model]}}
+        source = folder / f"{model}.safetensors"
+        write_tensors(source, keyed(trained(model), "transformer.{}"), {})
+        lora = detect_dialect(source, dialects).read(source)
+        assert lora.unread == ()
+        for target in ("comfyui", "kohya"):
+            dialects[target].write(lora, folder / model / f"{target}.safetensors", None, {})
+        if model in ITS_OWN:
+            write_tensors(folder / model / "own.safetensors", keyed(trained(model), ITS_OWN[model]), {})
+    (folder / "models.json").write_text(json.dumps(told))
+    child = Path(__file__).with_name("families_child.py")
+    command = [sys.executable, str(child), os.environ["COMFY_SRC"], str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def report(folder, model):
+    return json.loads((folder / "report.json").read_text())[model]
+
+
+def expected(model):
+    """ΔW @ p by native weight, from where diffusers' rows lie in the native model."""
+    changes = {}
+    for name, (down, up) in trained(model).items():
+        point = np.cos(np.arange(down.shape[1], dtype=np.float64))
+        changes[name] = 3 / 2 * up.astype(np.float64) @ (down.astype(np.float64) @ point)
+    placed = {}
+    for native, rows in models.layout(model).items():
+        for start, stop, name, low, high, size in rows:
+            if name in changes:
+                whole = placed.setdefault(f"diffusion_model.{native}.weight", np.zeros(size))
+                whole[start:stop] = changes[name][low:high]
+    return placed
+
+
+def too_large(model):
+    """The weights that the child leaves out, because ΔW would take too long."""
+    return {f"diffusion_model.{name}.weight" for name, shape in models.natives(model).items() if math.prod(shape) > 7e7}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_comfyuis_model_has_exactly_the_native_modules_of_the_table(comfy, model):
+    weights = report(comfy, model)["weights"]
+    for name, (rows, columns) in models.natives(model).items():
+        shape = weights[f"diffusion_model.{name}.weight"]
+        assert (shape[0], int(np.prod(shape[1:]))) == (rows, columns), name
+
+
+@pytest.mark.parametrize("target", ["comfyui", "kohya"])
+@pytest.mark.parametrize("model", MODELS)
+def test_comfyui_loads_every_key_and_computes_what_was_trained(comfy, model, target):
+    assert report(comfy, model)["files"][target] == []
+    found, wanted = dict(read_tensors(comfy / model / f"{target}.probe")), expected(model)
+    assert set(found) == {key for key in wanted if key not in too_large(model)}
+    for key, change in found.items():
+        assert np.linalg.norm(change - wanted[key]) < 1e-4 * np.linalg.norm(wanted[key]), key
+
+
+@pytest.mark.parametrize("model", ITS_OWN)
+def test_comfyuis_own_reading_of_diffusers_names_agrees(comfy, model):
+    found, wanted = dict(read_tensors(comfy / model / "own.probe")), expected(model)
+    assert len(found) > 5
+    for key, change in found.items():
+        assert np.linalg.norm(change - wanted[key]) < 1e-4 * np.linalg.norm(wanted[key]), key

@@ -8,6 +8,7 @@ from loraport.errors import DataError
 from loraport.lora.canonical import LoKr, LoraFile, LoraModule, LowRank
 from loraport.lora.stacked import Part, Stacked
 from loraport.lora.storage import read_tensors, write_tensors
+from loraport.plugins import plugins
 from loraport_convert.comfyui import ComfyUI
 from loraport_convert.publishing import PROOF_KEY, Target, publish
 
@@ -116,3 +117,17 @@ def test_a_module_that_no_format_holds_is_approximated_only_when_asked(tmp_path)
     assert json.loads(read_tensors(out).metadata[PROOF_KEY])["approximated"] == [module.name]
     whole = publish(source, Target(out, ComfyUI(), approximate="diff", overwrite=True), [])
     assert (whole.approximated, whole.proof.ok) == ((), True)
+
+
+def test_a_convolution_that_peft_cannot_hold_is_approximated_in_its_own_shape(tmp_path):
+    rng = np.random.default_rng(7)
+    w1, w2 = rng.random((2, 2)).astype(np.float32), rng.random((320, 160, 3, 3)).astype(np.float32)
+    module = LoraModule("input_blocks.3.0.op", LoKr(w1=w1, w2=w2), 1.0)
+    source = LoraFile("sdxl", {module.name: module})
+    writer = plugins().dialects()["diffusers"]
+    with pytest.raises(DataError, match="--approximate svd"):
+        publish(source, Target(tmp_path / "x.safetensors", writer), [])
+    target = Target(tmp_path / "x.safetensors", writer, approximate="svd", rank=4)
+    assert publish(source, target, []).approximated == (module.name,)
+    shapes = sorted(shape for shape in read_tensors(target.path).shapes.values() if shape)
+    assert shapes == [(4, 320, 3, 3), (640, 4, 1, 1)]

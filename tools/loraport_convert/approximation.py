@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from loraport.errors import DataError
-from loraport.lora.canonical import Array, Float64, LoraModule, LowRank, exact
+from loraport.lora.canonical import Factors, Float64, LoraModule, LowRank, exact
 from loraport.lora.stacked import Full
 
 _BLOCK_NUMBERS = 4_000_000
@@ -39,7 +39,7 @@ class Approximation:
 
 
 def whole(module: LoraModule) -> Approximation:
-    """The change itself, (out, in), in the dtype of the factors (bf16 for fp8 ones). Not for convolutions or DoRA."""
+    """The change itself, in the shape of the weight and the dtype of the factors (bf16 for fp8 ones). Not for DoRA."""
     _refuse_dora(module)
     out, columns = module.factors.shape
     product = module.factors.product()
@@ -51,6 +51,7 @@ def whole(module: LoraModule) -> Approximation:
         part = module.scale * product(start, stop)
         squares += float(np.sum(part**2))
         diff[start:stop] = part
+    diff = diff.reshape(out, -1, *_kernel(module.factors))
     return Approximation(LoraModule(module.name, Full(diff), 1.0), Loss(0.0, math.sqrt(squares)))
 
 
@@ -81,9 +82,8 @@ def truncated(module: LoraModule, rank: int) -> Approximation:
     up = u[:, :rank] * root * np.sign(module.scale)
     down = root[:, None] * vt[:rank]
     dtype = _dtype(module)
-    if isinstance(factors, LowRank):
-        up = up.reshape(up.shape + factors.up.shape[2:])
-        down = down.reshape((len(down), *factors.down.shape[1:]))
+    if kernel := _kernel(factors):
+        up, down = up.reshape(*up.shape, *(1 for _ in kernel)), down.reshape(len(down), -1, *kernel)
     low = LowRank(down.astype(dtype), up.astype(dtype))
     return Approximation(replace(module, factors=low, scale=1.0), Loss(error, norm))
 
@@ -114,9 +114,17 @@ def _randomised(module: LoraModule, rank: int) -> tuple[Float64, Float64, Float6
     return u, sizes, vt @ right.T, math.sqrt(squares)
 
 
-def _dtype(module: LoraModule) -> np.dtype[np.generic]:
-    first: Array = next(iter(module.factors.arrays().values()))
-    return cast("np.dtype[np.generic]", first.dtype if first.itemsize > 1 else np.dtype(ml_dtypes.bfloat16))
+def _dtype(module: LoraModule) -> np.dtype[Any]:
+    first = next(iter(module.factors.arrays().values())).dtype
+    if first.kind not in "fV":
+        return np.dtype(np.float32)
+    return first if first.itemsize > 1 else np.dtype(ml_dtypes.bfloat16)
+
+
+def _kernel(factors: Factors) -> tuple[int, ...]:
+    """(kh, kw) of a convolution, () where there is none or the factors do not tell it."""
+    arrays = factors.arrays()
+    return next((arrays[name].shape[2:] for name in ("down", "diff", "w2", "t2") if name in arrays), ())
 
 
 def _refuse_dora(module: LoraModule) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -171,11 +172,13 @@ def _write(source: LoraFile, target: Target, draft: Path, metadata: Mapping[str,
     lossy: dict[str, Loss] = {}
     kinds: set[str] = set()
     while True:
-        builders = {name: partial(_module, source, name, kinds, target, lossy) for name in source.modules}
+        asked: deque[LoraModule] = deque(maxlen=1)
+        builders = {name: partial(_module, source, name, kinds, target, lossy, asked) for name in source.modules}
         try:
             target.writer.write(replace(source, modules=LazyModules(builders)), draft, target.dtype, metadata)
-        except NotExact as error:
-            kind = source.modules[error.module].factors.kind
+        except NotExact:
+            # The module that was being written; the error may know it by the name of the other format.
+            kind = asked[-1].factors.kind
             if target.approximate is None or kind in kinds:
                 raise
             kinds.add(kind)
@@ -183,8 +186,16 @@ def _write(source: LoraFile, target: Target, draft: Path, metadata: Mapping[str,
             return lossy
 
 
-def _module(source: LoraFile, name: str, kinds: set[str], target: Target, lossy: dict[str, Loss]) -> LoraModule:
+def _module(
+    source: LoraFile,
+    name: str,
+    kinds: set[str],
+    target: Target,
+    lossy: dict[str, Loss],
+    asked: deque[LoraModule],
+) -> LoraModule:
     module = source.modules[name]
+    asked.append(module)
     if not target.every and module.factors.kind not in kinds:
         return module
     made = whole(module) if target.approximate == "diff" else truncated(module, target.rank)

@@ -25,6 +25,8 @@ class Backend(Protocol):
 
     Nothing here imports the trainer: translation and reading are plain functions of text and files, so `loraport plan`
     works for a backend that is not installed.
+
+    A backend may also have `environment` (`loraport.envs.Recipe`) and `predict_memory` (`loraport.footprint.Predict`).
     """
 
     name: str  #: what --backend takes

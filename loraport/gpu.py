@@ -40,14 +40,19 @@ def cards() -> list[Card]:
         pynvml.nvmlShutdown()
 
 
-def profile_for(card_gib: float, profiles: Mapping[tuple[str, str], Profile]) -> Profile | None:
-    """The hardware profile for the largest card that is not larger than this one; None when all are larger."""
+def profiles_up_to(card_gib: float, profiles: Mapping[tuple[str, str], Profile]) -> list[Profile]:
+    """The hardware profiles for cards that are not larger than this one, those for the largest first."""
     fitting = [
-        (profile.card_gib, profile.name)
+        (profile.card_gib, profile.name, profile)
         for (kind, _), profile in profiles.items()
         if kind == "hardware" and profile.card_gib is not None and profile.card_gib * _REPORTED <= card_gib
     ]
-    return profiles["hardware", max(fitting)[1]] if fitting else None
+    return [profile for _, _, profile in sorted(fitting, key=lambda each: each[:2], reverse=True)]
+
+
+def profile_for(card_gib: float, profiles: Mapping[tuple[str, str], Profile]) -> Profile | None:
+    """The hardware profile for the largest card that is not larger than this one; None when all are larger."""
+    return next(iter(profiles_up_to(card_gib, profiles)), None)
 
 
 def settings_for(card: Card, profiles: Mapping[tuple[str, str], Profile]) -> tuple[Profile, dict[str, Any]] | None:

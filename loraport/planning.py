@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraport.errors import BackendError, SpecError
 from loraport.spec.models import TrainSpec, leaf_fields, value_at
+
+if TYPE_CHECKING:
+    from loraport.footprint import Forecast
 
 
 class Kind(StrEnum):
@@ -69,6 +72,7 @@ class Plan:
     files: dict[str, str]
     command: list[str]
     env: dict[str, str]
+    memory: Forecast | None = None  #: the device memory it will take, of a backend that predicts it
 
     def not_exact(self) -> list[Verdict]:
         """The verdicts `--strict` stops at."""
@@ -100,6 +104,7 @@ class Plan:
             "files": self.files,
             "command": self.command,
             "env": self.env,
+            "memory": None if self.memory is None else self.memory.to_dict(),
         }
 
 

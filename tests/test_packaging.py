@@ -31,7 +31,7 @@ def test_the_wheel_holds_our_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == PACKAGES
-    assert any(name.endswith("loraport_profiles/hardware/12gb.yaml") for name in names)
+    assert {"loraport_profiles/hardware/12gb.yaml", "loraport_profiles/measured.jsonl"} <= set(names)
 
 
 def test_a_fresh_environment_trains_the_quickstart_from_the_wheel(wheel: Path, tmp_path: Path) -> None:

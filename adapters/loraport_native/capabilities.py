@@ -9,9 +9,11 @@ OPTIONS = {
     "device": "auto, cpu, mps, cuda or cuda:N",
     "deterministic": "true for equal bits on CUDA too, at a cost in speed; a CPU always gives them",
     "memory_limit_gib": "GiB of a CUDA card that torch may take at most, as if the card were smaller",
+    "ignore_memory_prediction": "true to start a run that is predicted not to fit the card",
 }
 
 
+_SWITCHES = ("deterministic", "ignore_memory_prediction")
 _COMPUTE = {
     "model": "weights are unpacked to model.dtype for each product",
     "fp8": "products of 8-bit floats, forward and backward, of activations scaled as they come",
@@ -207,8 +209,8 @@ def _options(table: VerdictTable) -> None:
     if unknown:
         known = "; ".join(f"{name}: {values}" for name, values in OPTIONS.items())
         table.refused("backend.options", reason=f"not known here: {', '.join(unknown)}. Known: {known}")
-    elif not isinstance(table.spec.backend.options.get("deterministic", False), bool):
-        table.refused("backend.options", reason="deterministic is true or false")
+    elif wrong := [name for name in _SWITCHES if not isinstance(table.spec.backend.options.get(name, False), bool)]:
+        table.refused("backend.options", reason=f"{' and '.join(wrong)}: true or false")
     elif not _is_positive(table.spec.backend.options.get("memory_limit_gib", 1)):
         table.refused("backend.options", reason="memory_limit_gib is a number above 0")
     elif table.spec.backend.options:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import typer
 
     from loraport.backend import Backend, Readiness
+    from loraport.footprint import Footprint
     from loraport.listeners import Listener, ListenerFactory
     from loraport.lora.dialect import Dialect
     from loraport.planning import Context, Translation
@@ -36,6 +37,12 @@ class Native:
         from loraport_native.translate import translate
 
         return translate(spec, context)
+
+    def predict_memory(self, spec: TrainSpec, room_gib: float | None) -> Footprint | None:
+        from loraport.plugins import plugins
+        from loraport_native.footprint import predict
+
+        return predict(spec, plugins().families()[spec.model.family], room_gib)
 
     def read_line(self, line: str) -> Iterable[Event] | None:
         from loraport_native.progress import read_line

@@ -47,6 +47,10 @@ def add_commands(cli: typer.Typer) -> None:
         else:
             _show_both(*plans)
         for each in plans:
+            warning = each.memory.warning() if each.memory else None
+            if warning:
+                typer.secho(f"warning: {each.backend}: {warning}", fg=typer.colors.YELLOW, err=True)
+        for each in plans:
             each.check(strict)
 
 
@@ -60,6 +64,7 @@ def _show(plan: Plan) -> None:
     for verdict in plan.verdicts:
         counts[str(verdict.kind)] = counts.get(str(verdict.kind), 0) + 1
     console.print(", ".join(f"[{_COLOURS[kind]}]{count} {kind}[/]" for kind, count in counts.items()))
+    console.print(f"\n[bold]Memory[/] {escape(_memory(plan))}", highlight=False)
     for path, text in plan.files.items():
         console.rule(escape(path), align="left")
         console.print(escape(text), highlight=False)
@@ -76,6 +81,21 @@ def _show_both(first: Plan, second: Plan) -> None:
     console.print(_table(f"{first.spec.name}: {first.backend} against {second.backend}", [first, second]))
     differing = sum(a.kind != b.kind for a, b in zip(first.verdicts, second.verdicts, strict=True))
     console.print(f"{differing} of {len(first.verdicts)} fields are treated differently.")
+
+
+def _memory(plan: Plan) -> str:
+    """The predicted memory of the fullest phase, by what it is for, and of the others."""
+    if plan.memory is None:
+        return f"not predicted by {plan.backend} for this spec"
+    footprint, card = plan.memory.footprint, plan.memory.card
+    peak = footprint.peak
+    text = f"{peak.gib:.1f} GiB allocated while {peak.name}, predicted"
+    if card is not None:
+        text += f"; {card.name} has {card.memory_gib:.1f} GiB: it {'fits' if footprint.fits else 'does not fit'}"
+    text += "\n  " + ", ".join(f"{name} {gib:.2f}" for name, gib in peak.terms.items())
+    others = [f"{phase.name} {phase.gib:.1f}" for phase in footprint.phases if phase is not peak]
+    assumed = ", ".join(f"{name}: {value}" for name, value in footprint.assumes.items())
+    return f"{text}\n  {', '.join(others)} GiB; for {assumed}"
 
 
 def _table(title: str, plans: list[Plan]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,8 @@ def train(
     """
     made = plan(spec, backend, out)
     made.check(strict)
+    if made.memory is not None:
+        made.memory.check()
     chosen = _ready_backend(made)
     with RunFolder.create(made.run_dir, made) as folder:
         return _run(made, folder, chosen, on_event, resume=False)
@@ -149,13 +151,17 @@ def _collected(made: Plan, folder: RunFolder, backend: Backend) -> Path | None:
 
 def _plan(spec: TrainSpec, backend: str, run_dir: Path, resume: bool) -> Plan:
     from loraport.families import check_family
+    from loraport.footprint import forecast
+    from loraport.gpu import cards
     from loraport.plugins import plugins
     from loraport.profiles import resolve_memory
 
-    chosen = plugins().backend(backend)
-    resolved = resolve_memory(_whole(spec, backend), plugins().profiles())
+    chosen, profiles = plugins().backend(backend), plugins().profiles()
+    resolved = resolve_memory(_whole(spec, backend), profiles)
     check_family(resolved, plugins().families())
-    return make_plan(resolved, chosen, run_dir, resume)
+    made = make_plan(resolved, chosen, run_dir, resume)
+    card = min(cards()[: resolved.train.gpus], key=lambda card: card.memory_gib, default=None)
+    return replace(made, memory=forecast(resolved, chosen, profiles, card))
 
 
 def _whole(spec: TrainSpec, backend: str) -> TrainSpec:

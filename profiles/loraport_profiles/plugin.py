@@ -13,9 +13,16 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_profiles(register: Callable[[Profile], None]) -> None:
+    from dataclasses import replace
     from importlib.resources import files
 
     from loraport.profiles import read_profiles
+    from loraport_profiles.measured import measurements, settings
 
-    for profile in read_profiles(files("loraport_profiles")):
+    found = {(profile.kind, profile.name): profile for profile in read_profiles(files("loraport_profiles"))}
+    rows = measurements()
+    for (kind, _), profile in found.items():
+        if kind == "hardware":
+            memory = settings(profile.sets, found)
+            profile = replace(profile, measured=tuple(row for row in rows if row.memory == memory))
         register(profile)

@@ -29,18 +29,34 @@ def test_backends_tell_whether_they_are_ready() -> None:
     assert set(native) == {"name", "version", "description", "ready", "detail"}
 
 
-def test_profiles_are_grouped_by_the_field_that_names_them() -> None:
+def test_profiles_are_grouped_by_the_field_that_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    out, _ = run("profiles")
+    lines = [line.rstrip() for line in out.splitlines()]
+    assert max(map(len, lines)) <= 100
+    heads = [line.split()[0] for line in lines if line.startswith("memory.")]
+    assert heads == ["memory.compile:", "memory.offload:", "memory.quantize:", "memory.profile:"]
+    hardware = "\n".join(lines[[line.split()[:1] for line in lines].index(["memory.profile:"]) :])
+    names = [profile.name for (kind, _), profile in plugins().profiles().items() if kind == "hardware"]
+    assert sorted(names, key=hardware.index) == sorted(names, key=lambda name: int(name.removesuffix("gb")))
+
+
+def test_a_hardware_profile_stands_beside_what_it_is_predicted_and_was_measured_to_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    profile = next(p for (kind, _), p in plugins().profiles().items() if kind == "hardware" and p.measured)
+    row = profile.measured[0]
     out, _ = run("profiles")
     lines = out.splitlines()
-    assert [line for line in lines if not line.startswith(" ")] == [
-        "memory.compile:",
-        "memory.profile:",
-        "memory.offload:",
-        "memory.quantize:",
-    ]
-    assert any(line.startswith("  12gb ") and "quantize: nf4" in line for line in lines)
-    cards = [line.split()[0] for line in lines[lines.index("memory.profile:") + 1 : lines.index("memory.offload:")]]
-    assert cards == sorted(cards, key=lambda name: int(name.removesuffix("gb")))
+    index = next(i for i, line in enumerate(lines) if line.split()[:1] == [profile.name])
+    assert f"{row.peak_allocated_gib:.1f}" in lines[index]
+    assert f"{row.step_s:.2f}" in lines[index]
+    assert row.card in lines[index]
+    assert all(f"{name}: {value}" in lines[index + 1] for name, value in profile.sets.items())
+    (told,) = [p for p in json.loads(run("profiles", "--json")[0]) if p["name"] == profile.name]
+    assert told["measured"][0]["peak_allocated_gib"] == row.peak_allocated_gib
+    assert f" {told['predicted']['peak_gib']:.1f} " in lines[index]
 
 
 def test_profiles_in_json_are_all_there() -> None:

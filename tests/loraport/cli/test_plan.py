@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import loraport.plugins
 from loraport.backend import Readiness
 from loraport.cli.main import build_app
+from loraport.gpu import Card
 from loraport.hookspecs import hookimpl
 from loraport.planning import Context, Translation, VerdictTable
 from loraport.spec.models import TrainSpec, leaf_fields
@@ -167,6 +168,54 @@ def test_a_bad_spec_ends_with_three_and_one_message(
         assert err.startswith("error: ")
         assert says in err
         assert "Traceback" not in err
+    assert sorted(path.name for path in spec_file.parent.iterdir()) == ["spec.yaml"]
+
+
+FULL_SIZE = ["--set", "model.checkpoint=ideogram-ai/ideogram-4-fp8"]
+
+
+def a_card(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    monkeypatch.setattr("loraport.gpu.cards", lambda: [Card("Some card", gib, (8, 9))])
+
+
+def test_the_memory_is_predicted_term_by_term(spec_file: Path) -> None:
+    code, out, err = run("plan", spec_file, *FULL_SIZE)
+    assert (code, err) == (0, "")
+    assert "Memory " in out
+    assert "GiB allocated while training, predicted" in out
+    assert "frozen weights 16.8" in out
+    memory = json.loads(run("plan", spec_file, *FULL_SIZE, "--json")[1])["memory"]
+    terms = next(phase for phase in memory["phases"] if phase["name"] == "training")["terms"]
+    assert sum(terms.values()) == pytest.approx(memory["peak_gib"], abs=0.01)
+    assert memory["card"] is None
+
+
+def test_nothing_is_predicted_for_another_backend(spec_file: Path) -> None:
+    _, out, _ = run("plan", spec_file, *FULL_SIZE, "-b", "modest")
+    assert "Memory not predicted by modest for this spec" in out
+    assert json.loads(run("plan", spec_file, *FULL_SIZE, "-b", "modest", "--json")[1])["memory"] is None
+
+
+def test_a_plan_that_does_not_fit_the_card_is_shown_with_a_warning(
+    spec_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_card(monkeypatch, 16)
+    code, out, err = run("plan", spec_file, *FULL_SIZE)
+    assert code == 0
+    assert "Some card has 16.0 GiB: it does not fit" in out
+    assert "warning: native: 20." in err
+    assert "The profile 16gb would fit: set memory.profile: 16gb" in err
+    assert run("plan", spec_file, *FULL_SIZE, "--set", "memory.profile=16gb")[2] == ""
+
+
+def test_a_run_that_clearly_does_not_fit_ends_with_three_before_anything_is_loaded(
+    spec_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_card(monkeypatch, 16)
+    code, _, err = run("train", spec_file, *FULL_SIZE)
+    assert code == 3
+    assert err.startswith("error: This run does not fit the card: 20.")
+    assert "set memory.profile: 16gb" in err
     assert sorted(path.name for path in spec_file.parent.iterdir()) == ["spec.yaml"]
 
 

@@ -1,0 +1,270 @@
+"""Peak device memory of a run, predicted from shapes alone. No torch.
+
+Each phase is a sum of terms, and each term follows from what the code holds at the fullest moment. Weights, adapter and
+optimizer are counted exactly; activations are counted in *states*, one being the hidden states of a batch: tokens ×
+width numbers in model.dtype. How many states an eager block takes was counted by running it on the meta device and
+following every storage; what a compiled one keeps, by reading it. Only a compiled block's `WORK` is fitted to the
+measured rows in docs/benchmarks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraport.errors import DataError
+from loraport.families import matches
+from loraport.footprint import Footprint, Phase
+
+if TYPE_CHECKING:
+    from loraport.families import Dimensions, Family
+    from loraport.spec.models import LoraSection, TrainSpec
+
+GIB = 2**30
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  #: of a number in model.dtype
+SLOTS = 2  #: blocks on the device when they are streamed (`stream.SLOTS`)
+ASSUMED_TEXT_TOKENS = 512  #: of a caption, where no caption files tell
+BYTES_PER_TOKEN = 3  #: of a caption in UTF-8; Qwen's tokenizer takes 3 to 4 of English and of JSON
+MARGIN = 0.04  #: share of the room that checkpointing: auto leaves (`recompute._MARGIN`)
+LIBRARIES_GIB = 0.03  #: cuBLAS's workspace of 8 × 4 MiB, which the plan's environment asks for
+#: Bytes of optimizer state for each trained number: two float32 moments; two 8-bit ones with a float32 scale for 256;
+#: rows and columns only; two moments, the start and the numerator; one moment.
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.03, "adafactor": 0.0, "prodigy": 16.0, "lion": 4.0}
+
+#: States that a block keeps for its backward pass besides those that feed an adapter. Compiled: fused q, k and v (3),
+#: rotated q and k (2), attention's result, its projection, the sum after it, the feed-forward's result; eager adds
+#: the float32 copies inside the norms and the scaled copies around them.
+KEPT = {False: 22.0, True: 9.0}
+#: The same, in widths of the feed-forward: w1 and w3; eager adds the activation of w1.
+KEPT_FEED_FORWARD = {False: 3, True: 2}
+#: States of gradients and temporaries at the fullest moment of a block's backward pass.
+WORK = {False: 6.0, True: 14.0}
+RECOMPUTED = 2.0  #: states more when a block is recomputed: its result, and the gradient that came in
+FORWARD = 13.0  #: states at the fullest moment of a block's pass without gradients
+#: Full-size maps that the VAE has alive, in its first layer's channels: three to encode (`latents.ALIVE`), three of
+#: twice the channels to decode.
+VAE_ENCODES, VAE_DECODES = 3, 6
+
+
+def predict(spec: TrainSpec, family: Family, room_gib: float | None = None) -> Footprint | None:
+    """What a resolved spec takes on a CUDA card that has `room_gib` to give; see `Backend.predict_memory`.
+
+    None for a run on another device, the tiny checkpoint, and a checkpoint or family of unknown dimensions. Reads the
+    headers of a local checkpoint and the sizes of caption files.
+    """
+    options = spec.backend.options
+    dimensions = _dimensions(spec, family)
+    if dimensions is None or str(options.get("device", "auto")).partition(":")[0] not in ("auto", "cuda"):
+        return None
+    if room_gib is not None and isinstance(limit := options.get("memory_limit_gib"), int | float):
+        room_gib = min(room_gib, limit)
+    text_tokens = longest_caption(spec)
+    run = Run(spec, family, dimensions, text_tokens)
+    phases = [run.images(), run.captions(), run.training(room_gib)]
+    if spec.sample.every:
+        phases.append(run.samples())
+    assumes = {"text_tokens": text_tokens, "resolution": spec.dataset.resolution, "batch_size": spec.train.batch_size}
+    return Footprint(phases, assumes, room_gib, binding=not options.get("ignore_memory_prediction", False))
+
+
+def longest_caption(spec: TrainSpec) -> int:
+    """Tokens of the longest caption, by the sizes of the files; `ASSUMED_TEXT_TOKENS` where there are none."""
+    folder, extension = spec.dataset.path, spec.dataset.caption_ext
+    files = folder.rglob(f"*.{extension}") if folder.is_dir() else ()
+    largest = max((file.stat().st_size for file in files), default=0)
+    tokens = largest // BYTES_PER_TOKEN if largest else ASSUMED_TEXT_TOKENS
+    return min(tokens, spec.dataset.max_text_tokens)
+
+
+def _dimensions(spec: TrainSpec, family: Family) -> Dimensions | None:
+    if spec.model.checkpoint == "tiny":
+        return None
+    folder = Path(spec.model.checkpoint)
+    if family.read_dimensions is None or not folder.is_dir():
+        return family.dimensions
+    try:
+        return family.read_dimensions(folder)
+    except DataError:  # the trainer, which reads all of it, tells what is wrong
+        return None
+
+
+class Run:
+    """The phases of one run."""
+
+    def __init__(self, spec: TrainSpec, family: Family, dimensions: Dimensions, text_tokens: int):
+        self.spec, self.dimensions, self.text_tokens = spec, dimensions, text_tokens
+        self.number = BYTES[spec.model.dtype]
+        self.masters = spec.model.dtype != "fp32"  #: whether the optimizer steps float32 copies of the live factors
+        self.patterns = family.target_patterns(spec.lora.targets)
+        self.compiled = spec.memory.compile != "none"
+        self.image_tokens = spec.dataset.resolution**2 // family.side_multiple**2
+        self.trained = trained_parameters(spec.lora, dimensions.matched(self.patterns))
+
+    def images(self) -> Phase:
+        """The VAE in float32 and one image's activations; an image that finds no room is encoded on the CPU."""
+        weights = 4 * self.dimensions.vae_parameters
+        activations = 4 * VAE_ENCODES * self.dimensions.vae_channels * self.spec.dataset.resolution**2
+        return _phase("encoding images", {"VAE": weights, "activations": activations}, "lower dataset.resolution")
+
+    def captions(self) -> Phase:
+        """Two blocks of the text encoder, one in use and one being read, and the projection of its features.
+
+        Blocks that stay because there is room for them are left out: they make way.
+        """
+        of = self.dimensions
+        block = of.text_encoder_block_parameters
+        stored = block * _stored_bytes(self.spec.memory.text_encoder, self.number)
+        read = block * self.number + (stored if self.spec.memory.text_encoder != "none" else 0)
+        terms = {
+            "text encoder": stored + read,
+            "projection": of.text_features * of.width * self.number,
+            # The features in model.dtype, and in the norm before the projection two float32 copies of them.
+            "activations": self.text_tokens * of.text_features * (self.number + 8),
+        }
+        return _phase("encoding captions", terms, "set memory.text_encoder: nf4")
+
+    def training(self, room_gib: float | None = None) -> Phase:
+        """The fullest moment of a step; with `auto`, of what it makes of the room (of `full` where there is none)."""
+        memory = self.spec.memory
+        checkpointing = memory.gradient_checkpointing or "full"
+        if memory.offload == "group+activations":  # a block's input comes back, and the rest is computed from it
+            return self._fullest("full")
+        if checkpointing != "auto":
+            return self._fullest(checkpointing)
+        full, none = self._fullest("full"), self._fullest("none")
+        if room_gib is None or none.gib <= room_gib * (1 - MARGIN):
+            return full if room_gib is None else none
+        spared = max(0.0, room_gib * (1 - MARGIN) - full.gib)
+        return replace(full, terms={**full.terms, "activations of blocks left alone": spared}) if spared else full
+
+    def samples(self) -> Phase:
+        """Drawing: with guidance the second transformer, with its text projection, stands beside the first."""
+        sample, of = self.spec.sample, self.dimensions
+        pixels = sample.width * sample.height
+        terms = self._always()
+        if sample.guidance != 1:
+            second = self._frozen() + of.text_features * of.width * self.number
+            terms["unconditional transformer"] = second
+        tokens = self.text_tokens + pixels // (self.spec.dataset.resolution**2 // self.image_tokens)
+        forward = FORWARD * tokens * of.width * self.number
+        terms["VAE"] = of.vae_parameters * self.number
+        terms["activations"] = max(forward, VAE_DECODES * of.vae_channels * pixels * self.number)
+        return _phase("drawing samples", terms, "set sample.guidance: 1, or sample.every: 0 to draw none")
+
+    def _fullest(self, checkpointing: str) -> Phase:
+        """The fullest of three moments: the backward pass begins, it ends, the optimizer steps.
+
+        Blocks' activations go as the backward pass comes down, while the adapter's gradients come.
+        """
+        blocks = self.dimensions.blocks
+        live, summed = self.trained * self.number, self.trained * 4
+        # In float32 the gradients of the live factors are those that are summed.
+        waiting = summed if self.masters and self.spec.train.gradient_accumulation > 1 else 0
+        block, work = self._kept(), self._work(checkpointing)
+        each = {"none": block, "selective": 2 * self._state(), "full": self._state()}[checkpointing]
+        on_device = min(blocks, 2) if self.spec.memory.offload == "group+activations" else blocks
+        recomputed = 0.0 if checkpointing == "none" else block
+        moments: list[dict[str, float]] = [
+            {"activations": on_device * each + recomputed, "work": work, "gradients": waiting},
+            {"activations": max(each, recomputed), "work": work, "gradients": waiting + live},
+            {"gradients": summed * (2 if self.spec.train.gpus > 1 else 1)},  # gathered flat to be sent
+        ]
+        fullest = max(moments, key=lambda moment: sum(moment.values()))
+        return _phase("training", self._always() | fullest, "lower dataset.resolution, train.batch_size or lora.rank")
+
+    def _always(self) -> dict[str, float]:
+        """What stays on the device between steps, bytes."""
+        copies = 4.0 + (self.number if self.masters else 0) + (4 if self.spec.train.ema_decay else 0)
+        return {
+            "frozen weights": self._frozen(),
+            "adapter": copies * self.trained,
+            "optimizer": OPTIMIZER_BYTES[self.spec.train.optimizer] * self.trained,
+            "libraries": LIBRARIES_GIB * GIB,
+        }
+
+    def _frozen(self) -> float:
+        """Bytes of the blocks on the device, as they are stored, and of the layers around them."""
+        of, storage = self.dimensions, self.spec.memory.storage
+        block = of.block_parameters * _stored_bytes(storage, self.number)
+        if storage in ("fp8", "int8"):
+            block += 4 * sum(rows for rows, _ in of.block_linears.values())
+        count = of.blocks if self.spec.memory.offload == "none" else min(of.blocks, SLOTS)
+        return count * block + of.other_parameters * self.number
+
+    def _state(self) -> float:
+        """Bytes of the hidden states of a batch."""
+        tokens = self.spec.train.batch_size * (self.image_tokens + self.text_tokens)
+        return tokens * self.dimensions.width * self.number
+
+    def _kept(self) -> float:
+        """Bytes that one block keeps for its backward pass when nothing of it is recomputed."""
+        of, lora = self.dimensions, self.spec.lora
+        block = of.block_name.format(of.blocks // 2)
+        targets = {name: shape for name, shape in of.block_linears.items() if matches(self.patterns, f"{block}.{name}")}
+        # It sees one vector a sample instead of tokens, but with a gradient its four factors keep what they multiply.
+        states = 4.0 if targets.pop("adaln_modulation", None) else 0.0
+        outputs = sum(rows for rows, _ in targets.values()) / of.width
+        states += KEPT[self.compiled] + KEPT_FEED_FORWARD[self.compiled] * of.feed_forward / of.width
+        states += sum(targets[name][1] for name in _kept_for_adapters(targets)) / of.width
+        if lora.type == "lora":
+            states += len(targets) * lora.rank / of.width
+        if lora.dropout:  # each layer's input with some left out, and which
+            states += 1.3 * sum(inputs for _, inputs in targets.values()) / of.width
+        if lora.type == "lokr" or lora.dora:  # the update before it is scaled
+            states += outputs
+        kept = states * self._state()
+        if lora.dora or lora.type == "loha":  # an update as large as the weight, formed anew in each pass
+            kept += sum(rows * inputs for rows, inputs in targets.values()) * self.number
+        return kept
+
+    def _work(self, checkpointing: str) -> float:
+        """Bytes of gradients and temporaries in one block's backward pass, and of a weight widened for one product."""
+        of, memory = self.dimensions, self.spec.memory
+        work = (WORK[self.compiled] + (RECOMPUTED if checkpointing != "none" else 0)) * self._state()
+        if memory.storage == "none":
+            return work
+        largest = max(outputs * inputs for outputs, inputs in of.block_linears.values())
+        return work + largest * (self.number if memory.compute == "model" else 1)
+
+
+def trained_parameters(lora: LoraSection, shapes: Iterable[tuple[int, int]]) -> int:
+    """Numbers that an adapter trains on Linears of these (outputs, inputs)."""
+    return sum(_adapter_size(lora, outputs, inputs) for outputs, inputs in shapes)
+
+
+def _adapter_size(lora: LoraSection, outputs: int, inputs: int) -> int:
+    if lora.type == "lora":
+        return lora.rank * (outputs + inputs) + (outputs if lora.dora else 0)
+    if lora.type == "loha":
+        return 2 * lora.rank * (outputs + inputs)
+    (small_out, large_out), (small_in, large_in) = _split(outputs, lora.factor), _split(inputs, lora.factor)
+    low_rank = lora.rank < max(large_out, large_in) / 2  # else LyCORIS keeps the larger factor whole
+    return small_out * small_in + (lora.rank * (large_out + large_in) if low_rank else large_out * large_in)
+
+
+def _split(size: int, factor: int) -> tuple[int, int]:
+    """The two factors of a size, the smaller first, as LyCORIS splits it: the given one, or the most even."""
+    if factor > 0 and size % factor == 0:
+        return min(factor, size // factor), max(factor, size // factor)
+    most = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
+    smaller = max(n for n in range(1, most + 1) if size % n == 0)
+    return smaller, size // smaller
+
+
+def _kept_for_adapters(targets: Iterable[str]) -> set[str]:
+    """Of a block's trained Linears, those whose input is kept for them: w1 and w3 share one, and attention keeps its
+    result, which is o's input, in any case."""
+    kept = {name for name in targets if name != "attention.o"}
+    return kept - {"feed_forward.w3"} if "feed_forward.w1" in kept else kept
+
+
+def _stored_bytes(storage: str | None, number: int) -> float:
+    """Bytes of a frozen weight: nf4 is half a byte and a float32 for each 64."""
+    return {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}.get(storage or "none", float(number))
+
+
+def _phase(name: str, terms: dict[str, float], advice: str) -> Phase:
+    return Phase(name, {term: size / GIB for term, size in terms.items() if size}, advice)

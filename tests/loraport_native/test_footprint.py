@@ -1,0 +1,292 @@
+"""Predicted memory against what was measured on cards, and against the model itself on the meta device."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import loraport_native.models.ideogram4 as ideogram4
+from loraport.errors import DataError
+from loraport.families import matches
+from loraport.footprint import Footprint
+from loraport.ideogram4 import IDEOGRAM4, RELEASED, read_dimensions
+from loraport.plugins import plugins
+from loraport.profiles import Measurement, resolve_memory
+from loraport.spec.models import LoraSection, TrainSpec
+from loraport_native import footprint, recompute, stream
+from loraport_native.footprint import Run, predict, trained_parameters
+from loraport_native.lora import inject
+from loraport_native.models.ideogram4 import Ideogram4
+from loraport_profiles.measured import measurement, native_rows
+
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
+PROFILES = plugins().profiles()
+ADAPTERS: list[dict[str, Any]] = [
+    {},
+    {"rank": 512},
+    {"targets": "attention"},
+    {"targets": "all"},
+    {"dropout": 0.1},
+    {"dora": True},
+    {"type": "lokr"},
+    {"type": "lokr", "factor": 8},
+    {"type": "loha"},
+]
+
+
+def spec(**sections: Any) -> TrainSpec:
+    content = {"name": "a", "model": {"checkpoint": "a/b"}, "dataset": {"path": "/nowhere"}} | sections
+    return resolve_memory(TrainSpec.model_validate(content), PROFILES)
+
+
+def gib(room_gib: float | None = None, **sections: Any) -> float:
+    return predicted(room_gib, **sections).peak.gib
+
+
+def predicted(room_gib: float | None = None, **sections: Any) -> Footprint:
+    found = predict(spec(**sections), IDEOGRAM4, room_gib)
+    assert found is not None
+    return found
+
+
+def measured() -> list[Any]:
+    rows = [(file, row) for file in sorted(BENCHMARKS.glob("*.jsonl")) for row in native_rows(file)]
+    return [
+        pytest.param(measurement(row, file.name, PROFILES), id=f"{file.stem}-{row.get('row') or row['profile']}")
+        for file, row in rows
+    ]
+
+
+@pytest.mark.parametrize("row", measured())
+def test_every_row_measured_on_a_card_is_predicted_within_a_tenth(row: Measurement) -> None:
+    wanted = spec(
+        dataset={"path": "/nowhere", "resolution": row.resolution},
+        lora={"rank": row.rank},
+        train={"batch_size": row.batch_size, "optimizer": row.optimizer, "gpus": row.gpus},
+        memory=row.memory,
+    )
+    training = Run(wanted, IDEOGRAM4, RELEASED, row.text_tokens).training()
+    assert training.gib == pytest.approx(row.peak_allocated_gib, rel=0.1)
+
+
+def full_size(blocks: int) -> Ideogram4:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = Ideogram4(num_layers=blocks)
+    finally:
+        torch.set_default_dtype(before)
+    model.drop_text_projection()
+    return model
+
+
+def adapted(blocks: int, lora: dict[str, Any]) -> tuple[Ideogram4, list[nn.Parameter]]:
+    model, section = full_size(blocks), LoraSection(**lora)
+    with torch.device("meta"):
+        adapter = inject(model, section, IDEOGRAM4.target_patterns(section.targets), 0)
+    return model, adapter.parameters()
+
+
+@pytest.mark.parametrize("lora", ADAPTERS, ids=str)
+def test_the_trained_numbers_are_those_that_are_injected(lora: dict[str, Any]) -> None:
+    _, parameters = adapted(1, lora)
+    section, one_block = LoraSection(**lora), RELEASED.block_linears
+    names = {f"layers.0.{name}": shape for name, shape in one_block.items()}
+    targets = [shape for name, shape in names.items() if matches(IDEOGRAM4.target_patterns(section.targets), name)]
+    assert trained_parameters(section, targets) == sum(parameter.numel() for parameter in parameters)
+
+
+class Followed(TorchDispatchMode):
+    """Counts the bytes of the live storages that are made while it is on."""
+
+    def __init__(self, known: nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.kept = [tensor.untyped_storage() for tensor in (*known.parameters(), *known.buffers())]
+        self.sizes = {storage._cdata: 0 for storage in self.kept}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.live += self.sizes[key]
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+
+class Flash(torch.autograd.Function):
+    """What a flash kernel keeps and gives, without the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def follow(blocks: int, lora: dict[str, Any], checkpointing: str) -> tuple[int, int]:
+    """(bytes alive between the passes, most bytes alive) of a step of so many blocks of the real size."""
+    model, parameters = adapted(blocks, lora)
+    for parameter in parameters:
+        parameter.data = parameter.data.to("meta", torch.bfloat16)
+    model.rotary_emb.frequencies = model.rotary_emb.frequencies.to("meta")
+    model.rotary_emb.axis_of = model.rotary_emb.axis_of.to("meta")
+    recompute.recompute(model, checkpointing)
+    latents, text = torch.empty(1, 4096, 128, device="meta"), torch.empty(1, 512, 4608, device="meta").bfloat16()
+    with Followed(model.train()) as followed:
+        velocity = model.velocity(latents, text, None, torch.empty(1, device="meta"), (64, 64))
+        between = followed.live
+        velocity.float().square().mean().backward()
+    return between, followed.peak
+
+
+@pytest.mark.parametrize("lora", ADAPTERS, ids=str)
+def test_an_eager_block_keeps_what_is_counted(lora: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        ideogram4.F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: Flash.apply(q, k, v)
+    )
+    run = Run(spec(lora=lora, memory={"gradient_checkpointing": "none"}), IDEOGRAM4, RELEASED, 512)
+    (one, one_peak), (two, two_peak) = follow(1, lora, "none"), follow(2, lora, "none")
+    assert run._kept() == pytest.approx(two - one, rel=0.04)
+    assert run._kept() == pytest.approx(two_peak - one_peak, rel=0.04)
+    (_, peak) = follow(2, lora, "full")
+    assert 2 * run._state() + run._kept() + run._work("full") == pytest.approx(peak, rel=0.06)
+
+
+def test_the_registered_dimensions_are_the_models() -> None:
+    model = full_size(34)
+    linears = {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    expected = {f"layers.{n}.{name}": shape for n in range(34) for name, shape in RELEASED.block_linears.items()}
+    assert linears == expected | RELEASED.other_linears
+
+
+def test_a_checkpoints_own_headers_tell_its_dimensions(tiny_diffusers: Path, tiny_fp8: Path) -> None:
+    split, fused = read_dimensions(tiny_diffusers), read_dimensions(tiny_fp8)
+    assert split == fused
+    assert (fused.blocks, fused.width, fused.feed_forward, fused.text_features) == (3, 128, 256, 13 * 64)
+    assert fused.block_linears["attention.qkv"] == (384, 128)
+    assert fused.text_encoder_blocks == 36
+    assert fused.vae_channels == 32
+    assert predicted(model={"checkpoint": str(tiny_fp8)}).peak.gib < gib() / 20
+
+
+def test_what_is_no_checkpoint_is_left_to_the_trainer_to_tell(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'input_proj\.weight' is missing"):
+        read_dimensions(tmp_path)
+    assert predict(spec(model={"checkpoint": str(tmp_path)}), IDEOGRAM4) is None
+
+
+def test_less_storage_streaming_and_recomputation_each_take_less() -> None:
+    assert gib() > gib(memory={"quantize": "fp8"}) > gib(memory={"quantize": "nf4"})
+    offloads = [
+        gib(memory={"quantize": "fp8-dynamic", "offload": name}) for name in ("none", "group", "group+activations")
+    ]
+    assert offloads == sorted(offloads, reverse=True)
+    assert gib(memory={"offload": "disk"}) == gib(memory={"offload": "group"})
+    dial = [gib(memory={"gradient_checkpointing": name}) for name in ("none", "selective", "full")]
+    assert dial == sorted(dial, reverse=True)
+    assert gib(memory={"compile": "regional"}) < gib()
+
+
+def test_a_larger_training_takes_more() -> None:
+    for larger in (
+        {"train": {"batch_size": 2}},
+        {"train": {"optimizer": "adamw"}},
+        {"train": {"ema_decay": 0.99}},
+        {"lora": {"rank": 128}},
+        {"lora": {"targets": "all"}},
+        {"dataset": {"path": "/nowhere", "resolution": 1280}},
+        {"model": {"checkpoint": "a/b", "dtype": "fp32"}},
+    ):
+        assert gib(**larger) > gib(), larger
+
+
+def test_the_step_of_the_optimizer_is_the_peak_of_a_huge_adapter_on_a_streamed_model() -> None:
+    found = predicted(
+        lora={"rank": 1024}, dataset={"path": "/nowhere", "resolution": 256}, memory={"offload": "group+activations"}
+    )
+    run = Run(spec(lora={"rank": 1024}), IDEOGRAM4, RELEASED, 512)
+    assert found.peak.name == "training"
+    assert found.peak.terms["gradients"] == pytest.approx(4 * run.trained / 2**30)
+    assert "activations" not in found.peak.terms
+
+
+def test_auto_leaves_as_many_blocks_alone_as_there_is_room_for() -> None:
+    full, none = (gib(memory={"gradient_checkpointing": name}) for name in ("full", "none"))
+    auto = {"gradient_checkpointing": "auto"}
+    assert gib(memory=auto) == full
+    assert gib(full, memory=auto) == full
+    assert gib(1.2 * none, memory=auto) == none
+    assert gib(30, memory=auto) == pytest.approx(30 * (1 - footprint.MARGIN))
+
+
+def test_samples_with_guidance_need_a_second_transformer() -> None:
+    drawn = {"every": 10, "prompts": ["a cat"]}
+    guided, plain = predicted(sample=drawn), predicted(sample={**drawn, "guidance": 1})
+    assert guided.peak.name == "drawing samples"
+    assert guided.peak.terms["unconditional transformer"] > 16
+    assert plain.peak.name == "training"
+
+
+def test_caching_is_the_peak_where_the_model_is_streamed_and_images_are_large() -> None:
+    large = {"path": "/nowhere", "resolution": 2048, "max_text_tokens": 16}
+    found = predicted(dataset=large, memory={"quantize": "nf4", "offload": "group+activations", "compile": "regional"})
+    assert {phase.name for phase in found.phases} == {"encoding images", "encoding captions", "training"}
+    assert found.phases[0].gib == pytest.approx(6.3, rel=0.02)
+
+
+def test_the_longest_caption_is_reckoned_from_its_file(tmp_path: Path) -> None:
+    assert footprint.longest_caption(spec(dataset={"path": str(tmp_path)})) == footprint.ASSUMED_TEXT_TOKENS
+    (tmp_path / "more").mkdir()
+    (tmp_path / "a.json").write_text("x" * 300)
+    (tmp_path / "more" / "b.json").write_text("x" * 3000)
+    (tmp_path / "c.txt").write_text("x" * 30000)
+    assert footprint.longest_caption(spec(dataset={"path": str(tmp_path)})) == 1000
+    assert footprint.longest_caption(spec(dataset={"path": str(tmp_path), "max_text_tokens": 64})) == 64
+
+
+def test_a_limit_on_the_memory_is_the_room_and_the_option_unbinds() -> None:
+    options = {"memory_limit_gib": 5.5, "ignore_memory_prediction": True}
+    found = predicted(23.5, backend={"options": options})
+    assert (found.room_gib, found.binding) == (5.5, False)
+    assert predicted(23.5).binding
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"checkpoint": "tiny"}},
+        {"backend": {"options": {"device": "cpu"}}},
+        {"backend": {"options": {"device": "mps"}}},
+    ],
+    ids=str,
+)
+def test_nothing_is_predicted_for_the_tiny_checkpoint_or_off_cuda(sections: dict[str, Any]) -> None:
+    assert predict(spec(**sections), IDEOGRAM4) is None
+
+
+def test_what_the_trainer_counts_with_is_what_is_predicted_with() -> None:
+    assert footprint.SLOTS == stream.SLOTS
+    assert footprint.MARGIN == recompute._MARGIN

@@ -1,0 +1,93 @@
+"""The measurements that the package carries are those of docs/benchmarks, and stand beside the profiles they are of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loraport.plugins import plugins
+from loraport_profiles.measured import copied, measurement, measurements, native_rows, settings
+
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
+PROFILES = plugins().profiles()
+
+BENCH_ROW: dict[str, Any] = {
+    "row": "fp8-dynamic-streamed",
+    "date": "2026-12-01T10:00:00+00:00",
+    "card": "A card",
+    "settings": {
+        "resolution": 768,
+        "text_tokens": 512,
+        "rank": 16,
+        "batch": 2,
+        "blocks": 34,
+        "width": 4608,
+        "optimizer": "adamw",
+        "gpus": 1,
+        "memory": {
+            "quantize": "fp8-dynamic",
+            "offload": "group",
+            "compile": "regional",
+            "gradient_checkpointing": True,
+        },
+    },
+    "status": "ok",
+    "step_s": {"median": 0.5, "mean": 0.6},
+    "peak_allocated_gib": 3.5,
+    "peak_reserved_gib": 4.0,
+}
+
+
+def test_every_number_in_the_package_is_one_of_the_benchmarks() -> None:
+    rows = measurements()
+    assert rows
+    for row in rows:
+        assert row in copied(BENCHMARKS / row.source, PROFILES)
+
+
+def test_a_profile_carries_the_measurements_with_its_settings_and_no_others() -> None:
+    hardware = [profile for (kind, _), profile in PROFILES.items() if kind == "hardware"]
+    assert any(profile.measured for profile in hardware)
+    for profile in hardware:
+        assert all(row.memory == settings(profile.sets, PROFILES) for row in profile.measured)
+
+
+def test_a_row_of_the_bench_command_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "step.jsonl"
+    file.write_text(json.dumps(BENCH_ROW) + "\n")
+    (row,) = copied(file, PROFILES)
+    assert (row.step_s, row.batch_size, row.date, row.source) == (0.5, 2, "2026-12-01", "step.jsonl")
+    assert row.memory == {
+        "storage": "fp8",
+        "compute": "fp8",
+        "offload": "group",
+        "compile": "regional",
+        "gradient_checkpointing": "full",
+    }
+
+
+def test_a_row_that_names_a_preset_has_its_settings() -> None:
+    row = {**BENCH_ROW, "settings": {**BENCH_ROW["settings"], "memory": {"profile": "12gb"}}}
+    found = measurement(row, "x", PROFILES)
+    assert found.memory == settings(PROFILES["hardware", "12gb"].sets, PROFILES)
+
+
+def test_failed_small_foreign_and_special_rows_are_not_copied(tmp_path: Path) -> None:
+    told = BENCH_ROW["settings"]
+    rows = [
+        {**BENCH_ROW, "status": "out of memory"},
+        {**BENCH_ROW, "settings": {**told, "blocks": 3}},
+        {**BENCH_ROW, "settings": {name: value for name, value in told.items() if name != "memory"}},  # another recipe
+        {"row": "rate", "status": "ok", "bf16_tflops": 700.0},
+    ]
+    file = tmp_path / "step.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert native_rows(file) == []
+    file.write_text(
+        "".join(
+            json.dumps({**BENCH_ROW, **more}) + "\n" for more in ({"seed": 1}, {"options": {"deterministic": True}})
+        )
+    )
+    assert len(native_rows(file)) == 2
+    assert copied(file, PROFILES) == []

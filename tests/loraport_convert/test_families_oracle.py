@@ -1,5 +1,6 @@
 """What ComfyUI's own loader does with converted files of every family. Needs COMFY_SRC, a checkout, and torch."""
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -24,6 +25,7 @@ pytestmark = [
         reason="COMFY_SRC names no ComfyUI checkout, or diffusers is not installed",
     ),
 ]
+RECORD = Path(__file__).parents[2] / "docs" / "comfyui-verified.json"
 MODELS = ["ideogram4", "flux1", "flux2", "qwen-image", "z-image", "sdxl", "sd15", "sd3-3.5-medium", "wan-14b", "krea2"]
 #: What ComfyUI recognises a model by, beyond its Linear layers.
 MARKS = {
@@ -179,19 +181,54 @@ def test_comfyuis_model_has_exactly_the_native_modules_of_the_table(comfy, model
         assert (shape[0], int(np.prod(shape[1:]))) == (rows, columns), name
 
 
+def differences(folder, model, name):
+    """How far ΔW @ p, as ComfyUI computes it, is from what was trained, by weight."""
+    found, wanted = dict(read_tensors(folder / model / f"{name}.probe")), expected(model)
+    return {
+        key: float(np.linalg.norm(change - wanted[key]) / np.linalg.norm(wanted[key])) for key, change in found.items()
+    }
+
+
+def test_the_outcome_is_recorded(comfy):
+    if "LORAPORT_RECORD" not in os.environ:
+        pytest.skip("LORAPORT_RECORD is not set")
+    outcome = {
+        model: {
+            "native modules": len(models.natives(model)),
+            "diffusers modules": len(models.modules(model)),
+            "files": {
+                name: {
+                    "keys not loaded": len(lines),
+                    "weights compared": len(differences(comfy, model, name)),
+                    "largest relative difference": max(differences(comfy, model, name).values()),
+                }
+                for name, lines in report(comfy, model)["files"].items()
+                if name != "own"
+            },
+        }
+        for model in MODELS
+    }
+    version = {}
+    exec((Path(os.environ["COMFY_SRC"]) / "comfyui_version.py").read_text(), version)
+    content = {
+        "comfyui": version["__version__"],
+        **{package: importlib.metadata.version(package) for package in ("diffusers", "torch", "loraport")},
+        "models": outcome,
+    }
+    RECORD.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 @pytest.mark.parametrize("target", ["comfyui", "kohya"])
 @pytest.mark.parametrize("model", MODELS)
 def test_comfyui_loads_every_key_and_computes_what_was_trained(comfy, model, target):
     assert report(comfy, model)["files"][target] == []
-    found, wanted = dict(read_tensors(comfy / model / f"{target}.probe")), expected(model)
-    assert set(found) == {key for key in wanted if key not in too_large(model)}
-    for key, change in found.items():
-        assert np.linalg.norm(change - wanted[key]) < 1e-4 * np.linalg.norm(wanted[key]), key
+    apart = differences(comfy, model, target)
+    assert set(apart) == set(expected(model)) - too_large(model)
+    assert max(apart.values()) < 1e-4, apart
 
 
 @pytest.mark.parametrize("model", ITS_OWN)
 def test_comfyuis_own_reading_of_diffusers_names_agrees(comfy, model):
-    found, wanted = dict(read_tensors(comfy / model / "own.probe")), expected(model)
-    assert len(found) > 5
-    for key, change in found.items():
-        assert np.linalg.norm(change - wanted[key]) < 1e-4 * np.linalg.norm(wanted[key]), key
+    apart = differences(comfy, model, "own")
+    assert len(apart) > 5
+    assert max(apart.values()) < 1e-4, apart

@@ -16,8 +16,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
+
+_NUMBER = {
+    separator: re.compile(rf"(?<={re.escape(separator)})(\d+|#)(?={re.escape(separator)}|$)") for separator in "._"
+}
 
 Shape = tuple[int, int]  # (rows, columns) of a module's weight, a convolution's kernel being part of its columns
 
@@ -154,9 +158,10 @@ def _add(index: dict[str, list[_Entry]], own: _Side, other: _Side, operator: str
         index.setdefault(skeleton, []).append(_Entry(fixed, position, own, other, operator.removeprefix("<-")))
 
 
+@lru_cache(maxsize=1 << 15)  # every family is asked about the same names
 def _skeleton(name: str, separator: str) -> tuple[str, tuple[str, ...]]:
     """A name with `#` for each number that stands alone between separators, and the numbers."""
-    alone = re.compile(rf"(?<={re.escape(separator)})(\d+|#)(?={re.escape(separator)}|$)")
+    alone = _NUMBER[separator]
     return alone.sub("#", name), tuple(alone.findall(name))
 
 

@@ -130,8 +130,8 @@ class Run:
         """The fullest moment of a step; with `auto`, of what it makes of the room (of `full` where there is none)."""
         memory = self.spec.memory
         checkpointing = memory.gradient_checkpointing or "full"
-        if memory.offload == "group+activations":  # a block's input comes back, and the rest is computed from it
-            return self._fullest("full")
+        if memory.offload == "group+activations" or (memory.offload != "none" and checkpointing == "auto"):
+            return self._fullest("full")  # from an input that comes back; or because nothing is settled for streams
         if checkpointing != "auto":
             return self._fullest(checkpointing)
         full, none = self._fullest("full"), self._fullest("none")
@@ -155,7 +155,7 @@ class Run:
         return _phase("drawing samples", terms, "set sample.guidance: 1, or sample.every: 0 to draw none")
 
     def _fullest(self, checkpointing: str) -> Phase:
-        """The fullest of three moments: the backward pass begins, it ends, the optimizer steps.
+        """The fullest of three moments: the backward pass begins, it ends, the gradients are collected.
 
         Blocks' activations go as the backward pass comes down, while the adapter's gradients come.
         """
@@ -170,7 +170,8 @@ class Run:
         moments: list[dict[str, float]] = [
             {"activations": on_device * each + recomputed, "work": work, "gradients": waiting},
             {"activations": max(each, recomputed), "work": work, "gradients": waiting + live},
-            {"gradients": summed * (2 if self.spec.train.gpus > 1 else 1)},  # gathered flat to be sent
+            # Summed in float32 from the live ones; then, with several GPUs, gathered flat to be sent.
+            {"gradients": summed + (summed if self.spec.train.gpus > 1 else live if self.masters else 0)},
         ]
         fullest = max(moments, key=lambda moment: sum(moment.values()))
         return _phase("training", self._always() | fullest, "lower dataset.resolution, train.batch_size or lora.rank")

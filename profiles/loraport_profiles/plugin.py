@@ -19,7 +19,8 @@ def register_profiles(register: Callable[[Profile], None]) -> None:
     from loraport.profiles import read_profiles
     from loraport_profiles.measured import measurements, settings
 
-    found = {(profile.kind, profile.name): profile for profile in read_profiles(files("loraport_profiles"))}
+    built_in = read_profiles(files("loraport_profiles"))
+    found: dict[tuple[str, str], Profile] = {(profile.kind, profile.name): profile for profile in built_in}
     rows = measurements()
     for (kind, _), profile in found.items():
         if kind == "hardware":

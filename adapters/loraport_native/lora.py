@@ -21,6 +21,8 @@ from loraport.families import matches
 from loraport.lora.storage import write_tensors
 from loraport.spec.models import LoraSection
 from loraport_native.dialect import FORMAT
+from loraport_native.frozen import adapted_linear
+from loraport_native.quantize import StoredLinear
 
 #: Names of the trained tensors in the state, by the ending of the library's parameter name.
 _PEFT_FACTORS = {
@@ -82,6 +84,8 @@ def _inject_peft(model: nn.Module, lora: LoraSection, targets: list[str], linear
         lora_dropout=lora.dropout,
         target_modules=targets,
     )
+    if not (lora.dora or lora.dropout):
+        config._register_custom_module({nn.Linear: _fused_layer()})
     inject_adapter_in_model(config, model)
     scales = {name: layer.scaling["default"] for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     assert set(scales) == set(targets)
@@ -91,6 +95,22 @@ def _inject_peft(model: nn.Module, lora: LoraSection, targets: list[str], linear
             module, ending = _split_peft_name(name)
             factors[f"{module}.{_PEFT_FACTORS[ending]}"] = parameter
     return Adapter(model, factors, scales)
+
+
+def _fused_layer() -> type[nn.Module]:
+    """peft's LoRA layer with the product and the LoRA computed together."""
+    from peft.tuners.lora import Linear
+
+    class FusedLora(Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            base: Any = self.base_layer
+            down: Any = self.lora_A["default"].weight
+            up: Any = self.lora_B["default"].weight
+            kind, stored = (base.kind, base.stored) if isinstance(base, StoredLinear) else ("plain", (base.weight,))
+            result = adapted_linear(x, down, up, self.scaling["default"], kind, stored)
+            return result if base.bias is None else result + base.bias
+
+    return FusedLora
 
 
 def _split_peft_name(name: str) -> tuple[str, str]:
@@ -173,11 +193,15 @@ class Masters:
         """Add the live gradients to the masters' in float32 and clear the live ones."""
         if self.shared:
             return
-        for master, live in zip(self.weights, self.live, strict=True):
-            if live.grad is not None:
-                gradient = live.grad.float()
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-                live.grad = None
+        gradients = _gradients(self.live)
+        if self.weights[0].grad is None:
+            for master in self.weights:
+                master.grad = torch.empty_like(master)
+            torch._foreach_copy_(_gradients(self.weights), gradients)
+        else:
+            torch._foreach_add_(_gradients(self.weights), [gradient.float() for gradient in gradients])
+        for live in self.live:
+            live.grad = None
 
     @torch.no_grad()
     def publish(self, weights: list[torch.Tensor] | None = None) -> None:
@@ -185,8 +209,7 @@ class Masters:
         source = self.weights if weights is None else weights
         if self.shared and weights is None:
             return
-        for live, weight in zip(self.live, source, strict=True):
-            live.copy_(weight)
+        torch._foreach_copy_(list[torch.Tensor](self.live), list[torch.Tensor](source))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of the masters on the CPU, float32."""
@@ -199,6 +222,12 @@ class Masters:
         for name, weight in zip(self.names, self.weights, strict=True):
             weight.copy_(state[name])
         self.publish()
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    assert len(gradients) == len(parameters), "every factor takes part in every pass"
+    return gradients
 
 
 class Ema:
@@ -216,8 +245,7 @@ class Ema:
     def update(self, masters: Masters) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for average, weight in zip(self.weights, masters.weights, strict=True):
-            average.lerp_(weight, 1 - decay)
+        torch._foreach_lerp_(self.weights, list[torch.Tensor](masters.weights), 1 - decay)
 
     def state(self) -> dict[str, object]:
         return {"steps": self.steps, "weights": [weight.cpu() for weight in self.weights]}

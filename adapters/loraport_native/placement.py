@@ -50,4 +50,4 @@ def set_passes(model: Ideogram4, memory: MemorySection, stream: Stream | None) -
         # auto is settled when there is a batch to try; until then as little is kept as it may come to
         recompute(model, "full" if memory.gradient_checkpointing == "auto" else memory.gradient_checkpointing or "full")
     if stream is not None:
-        stream.attach(model)
+        stream.attach(model, keeps_inputs=memory.offload != "group+activations")

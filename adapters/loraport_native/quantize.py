@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from loraport_native.scaled_matmul import scaled_linear, to_rows, widened_linear
+from loraport_native.frozen import NF4_BLOCK, frozen_linear
+from loraport_native.scaled_matmul import to_rows
 
 _ROWS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-_NF4_BLOCK = 64
 
 
 def quantize_blocks(blocks: nn.Module, storage: str, compute: str = "model") -> None:
@@ -45,75 +45,51 @@ def _rows_of(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return to_rows(linear.weight.data, dtype)
 
 
-class _Stored(nn.Linear):
-    """A Linear without a `weight`: its subclasses keep that in buffers of their own."""
+class StoredLinear(nn.Linear):
+    """A Linear without a `weight`: its subclasses keep that in buffers of their own. `kind` is one of
+    `loraport_native.frozen.PRODUCTS`."""
 
-    def __init__(self, out_features: int, in_features: int, bias: nn.Parameter | None, compute: str) -> None:
+    kind: str
+
+    def __init__(self, out_features: int, in_features: int, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.compute = in_features, out_features, compute
-        self.bias = bias
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", bias)
         self.register_parameter("weight", None)  # peft asks whether it is distributed
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The buffers that hold the weight."""
+        return tuple(self._buffers.values())  # type: ignore[arg-type]
 
     @property
     def qweight(self) -> Tensor:
         """The stored numbers as bytes; peft puts an adapter on their device."""
-        return next(self.buffers()).view(torch.uint8)
+        return self.stored[0].view(torch.uint8)
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self._multiply(x)
+        result = frozen_linear(x, self.kind, self.stored)
         return result if self.bias is None else result + self.bias
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        raise AssertionError
 
-
-class RowsLinear(_Stored):
+class RowsLinear(StoredLinear):
     """A weight of 8-bit rows (out, in), e4m3 or int8, with a float32 scale (out, 1) each."""
 
     def __init__(self, rows: Tensor, scale: Tensor, bias: nn.Parameter | None, compute: str = "model") -> None:
-        super().__init__(*rows.shape, bias, compute)
+        super().__init__(rows.shape[0], rows.shape[1], bias)
+        self.kind = "rows" if compute == "model" else "scaled rows"
         self.register_buffer("rows", rows)
         self.register_buffer("scale", scale)
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        multiply = widened_linear if self.compute == "model" else scaled_linear
-        return multiply(x, self.rows, self.scale)
 
-
-class Nf4Linear(_Stored):
+class Nf4Linear(StoredLinear):
     """A weight in bitsandbytes' nf4: packed (out·in/2, 1) uint8, and a float32 largest value for each 64 numbers."""
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, compute: str = "model") -> None:
         import bitsandbytes  # noqa: F401  (registers the operators)
 
-        super().__init__(*weight.shape, bias, compute)
-        packed, absmax = torch.ops.bitsandbytes.quantize_4bit(weight, _NF4_BLOCK, "nf4", torch.uint8)
+        super().__init__(weight.shape[0], weight.shape[1], bias)
+        self.kind = "nf4" if compute == "model" else f"nf4 {compute}"
+        packed, largest = torch.ops.bitsandbytes.quantize_4bit(weight, NF4_BLOCK, "nf4", torch.uint8)
         self.register_buffer("packed", packed)
-        self.register_buffer("absmax", absmax)
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        return _Nf4Linear.apply(x, self.packed, self.absmax, self.out_features, self.compute)
-
-
-class _Nf4Linear(torch.autograd.Function):
-    """Unpacks the weight for one product at a time, and keeps the packed one for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor, absmax: Tensor, rows: int, compute: str) -> Tensor:  # type: ignore[override, no-untyped-def]
-        ctx.save_for_backward(packed, absmax)
-        ctx.rows, ctx.compute = rows, compute
-        weight = _unpack(packed, absmax, (rows, x.shape[-1]), x.dtype)
-        return x @ weight.t() if compute == "model" else scaled_linear(x, *to_rows(weight, _ROWS[compute]))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override, no-untyped-def]
-        packed, absmax = ctx.saved_tensors
-        weight = _unpack(packed, absmax, (ctx.rows, 2 * packed.numel() // ctx.rows), gradient.dtype)
-        if ctx.compute == "model":
-            return gradient @ weight, None, None, None, None
-        return scaled_linear(gradient, *to_rows(weight.t(), _ROWS[ctx.compute])), None, None, None, None
-
-
-def _unpack(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    unpacked: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, _NF4_BLOCK, "nf4", shape, dtype)
-    return unpacked
+        self.register_buffer("largest", largest)

@@ -31,7 +31,7 @@ _MARGIN = 0.04  #: share of a card's memory that auto leaves for fragmentation a
 def recompute(model: Ideogram4, mode: str, blocks: int | None = None) -> None:
     """Set what `model` keeps of its blocks: none, selective or full; of the first `blocks` of them (default: all)."""
     chosen = set(range(len(model.layers) if blocks is None else blocks))
-    for number, block in enumerate(model.layers):
+    for number, block in enumerate(model.blocks()):
         block.keeps_attention = mode == "selective" and number in chosen
     full = chosen if mode == "full" else set()
 
@@ -39,7 +39,7 @@ def recompute(model: Ideogram4, mode: str, blocks: int | None = None) -> None:
         if number in full and torch.is_grad_enabled():
             result: Tensor = checkpoint(block, *inputs, use_reentrant=False)
             return result
-        return block(*inputs)  # type: ignore[no-any-return]
+        return block(*inputs)
 
     model.run_block = run_block
 

@@ -1,10 +1,13 @@
 """Blocks streamed through a few device slots, so that a model larger than the card's memory trains on it.
 
-A block's frozen tensors are one flat piece of memory at the source. On the device there is a ring of slots; block i
-always visits slot i mod the ring's size, and its tensors are views into that slot for good, so nothing is rebound and
-compiled code keeps its addresses. While one block computes, the next is copied, by one copy on a stream of its own, in
-the order of the pass: upwards in the forward pass, downwards in the backward pass. Where a pass turns, the blocks it
-needs are still there. Nothing is copied back: frozen weights don't change.
+A block's frozen tensors are one flat piece of memory at the source, and in a slot. While one block computes, the next
+are copied, a block at a time on a stream of its own, in the order of the pass: upwards in the forward pass, downwards
+in the backward pass. Where a pass turns, the blocks it needs first are still there. Nothing is copied back: frozen
+weights don't change.
+
+Memory that a pass does not need yet holds more blocks: what recomputation keeps of each block is not there at the
+start of a step, and the forward pass works in less memory than the backward pass. So a forward pass, in which copying
+takes longer than computing on a fast card, starts with blocks that the backward pass before it left behind.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from loraport_native.models.ideogram4 import Ideogram4
 
-SLOTS = 2
+SLOTS = 2  #: one block computes while the next is copied
+MORE_UPWARDS = 2  #: slots for which the forward pass has room besides; its working memory is less than half as large
 _ALIGNMENT = 256  # bytes; tensor cores want 16, and 256 keeps every copy on whole cache lines
 
 
@@ -74,7 +78,7 @@ class Disk:
     def put(self, number: int, flat: Tensor) -> None:
         self.size = flat.numel()
         self.file.seek(number * self.size)
-        rest = memoryview(flat.cpu().numpy())
+        rest = memoryview(flat.cpu().numpy().data)
         while rest:
             rest = rest[self.file.write(rest) :]
 
@@ -98,7 +102,7 @@ class Disk:
         if (event := self.busy[place]) is not None:
             event.synchronize()  # its last content is on the device
         self.file.seek(number * self.size)
-        view, read = memoryview(self.staging[place].numpy()), 0
+        view, read = memoryview(self.staging[place].numpy().data), 0
         while read < self.size:
             got = self.file.readinto(view[read:])
             assert got, "the file of blocks ends early"
@@ -106,83 +110,128 @@ class Disk:
         return self.staging[place]
 
 
+class Slot:
+    """Device memory for one block, with the views that are the block's tensors while it is there."""
+
+    def __init__(self, size: int, device: torch.device, views: list[tuple[int, Tensor]]) -> None:
+        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self.views = [
+            self.memory[offset : offset + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
+            for offset, like in views
+        ]
+        self.filled: Any = torch.cuda.Event() if device.type == "cuda" else None
+
+
 class Stream:
     """Streams the blocks of one model. `take` each block once it is loaded, then `attach` to the model."""
 
-    def __init__(self, source: Source, device: torch.device, slots: int = SLOTS) -> None:
+    def __init__(
+        self, source: Source, device: torch.device, slots: int = SLOTS, more_upwards: int = MORE_UPWARDS
+    ) -> None:
         self.source, self.device = source, device
-        self.slots: list[Tensor] = [torch.empty(0)] * slots
-        self.holds: list[int | None] = [None] * slots
-        self.count = 0
+        self.base, self.more_upwards = slots, more_upwards
+        self.tensors: list[list[Tensor]] = []
+        self.size = 0  #: bytes of a block
+        self.layout: list[tuple[int, Tensor]] = []  #: offset and an example of each of a block's tensors
+        self.held: dict[int, Slot] = {}
+        self.spare: list[Slot] = []
+        self.kept_bytes = 0  #: what stays on the device of each block between the passes, at least
         self.fetching = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.fetched = [torch.cuda.Event() if self.fetching else None for _ in range(slots)]
 
     def take(self, number: int, block: nn.Module) -> None:
         """Move the frozen tensors of a block to the source; from now on they are views into a slot."""
+        assert number == len(self.tensors), "blocks come in their order"
         tensors = _frozen_tensors(block)
         offsets, size = _layout(tensors)
-        place = number % len(self.slots)
-        if not self.slots[place].numel():
-            self.slots[place] = torch.empty(size, dtype=torch.uint8, device=self.device)
-        slot = self.slots[place]
-        assert slot.numel() == size, "blocks of one model are alike"
+        if not self.size:
+            self.size = size
+            self.layout = [
+                (offset, tensor.detach().to("meta")) for offset, tensor in zip(offsets, tensors, strict=True)
+            ]
+            self.spare = [Slot(size, self.device, self.layout)]
+        assert size == self.size, "blocks of one model are alike"
         flat = torch.zeros(size, dtype=torch.uint8, device=tensors[0].device)
         for tensor, offset in zip(tensors, offsets, strict=True):
-            bytes_of = tensor.detach().contiguous().flatten().view(torch.uint8)
-            flat[offset : offset + bytes_of.numel()] = bytes_of
-            window = slot[offset : offset + bytes_of.numel()].view(tensor.dtype).view(tensor.shape)
-            tensor.data = window
+            content = tensor.detach().contiguous().flatten().view(torch.uint8)
+            flat[offset : offset + content.numel()] = content
         self.source.put(number, flat)
-        self.count = max(self.count, number + 1)
+        self.tensors.append(tensors)
+        self._bind(number, self.spare[0])  # for a place to be in until the block is fetched
 
-    def attach(self, model: Ideogram4) -> None:
-        """Have every block of the model fetched before it runs, forward and backward."""
+    def attach(self, model: Ideogram4, keeps_inputs: bool = True) -> None:
+        """Have every block of the model fetched before it runs, forward and backward.
+
+        keeps_inputs: the inputs of the blocks stay on the device between the passes.
+        """
         inner = model.run_block
 
-        def run_block(number: int, block: nn.Module, *inputs: Any) -> Tensor:
+        def run_block(number: int, block: nn.Module, hidden: Tensor, *inputs: Any) -> Tensor:
+            trains = torch.is_grad_enabled()
+            self.kept_bytes = hidden.numel() * hidden.element_size() if trains and keeps_inputs else 0
             self.arrive(number, upwards=True)
-            result = inner(number, block, *inputs)
-            return _BeforeBackward.apply(result, self, number) if torch.is_grad_enabled() else result
+            result = inner(number, block, hidden, *inputs)
+            return _BeforeBackward.apply(result, self, number) if trains else result
 
         model.run_block = run_block
 
     def arrive(self, number: int, upwards: bool) -> None:
         """Make the device wait for a block, and fetch those that come next in this direction."""
-        self._fetch(number)
-        event = self.fetched[number % len(self.slots)]
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
-        following = range(number + 1, self.count) if upwards else range(number - 1, -1, -1)
-        for ahead in following[: len(self.slots) - 1]:
-            self._fetch(ahead)
-        for ahead in following[len(self.slots) - 1 : len(self.slots) + 1]:
-            self.source.expect(ahead)
+        count = len(self.tensors)
+        ahead, behind = list(range(number, count)), list(range(number - 1, -1, -1))
+        if not upwards:
+            ahead, behind = [number, *behind], ahead[1:]
+        # What is behind is needed last; it stays when there is room, for the turn.
+        room = self._room(number, upwards)
+        self._release(set([*ahead, *behind][:room]), room)
+        for coming in ahead[:room]:
+            if coming not in self.held:
+                self._fetch(coming)
+        for later in ahead[room : room + SLOTS]:
+            self.source.expect(later)
+        if self.fetching is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.held[number].filled)
+
+    def _room(self, number: int, upwards: bool) -> int:
+        """Blocks that may be on the device while this one computes."""
+        free = (len(self.tensors) - number) * self.kept_bytes // self.size
+        return self.base + free + (self.more_upwards if upwards and self.kept_bytes else 0)
+
+    def _release(self, needed: set[int], room: int) -> None:
+        for number in [number for number in self.held if number not in needed]:
+            self.spare.append(self.held.pop(number))
+        while self.spare and len(self.held) + len(self.spare) > room:
+            slot = self.spare.pop()
+            if self.fetching is not None:  # a copy into it that nobody waited for must not outlive it
+                torch.cuda.current_stream(self.device).wait_event(slot.filled)
 
     def _fetch(self, number: int) -> None:
-        place = number % len(self.slots)
-        if self.holds[place] == number:
-            return
-        self.holds[place] = number
+        slot = self.spare.pop() if self.spare else Slot(self.size, self.device, self.layout)
+        self.held[number] = slot
+        self._bind(number, slot)
         if self.fetching is None:
-            self.source.copy(number, self.slots[place])
+            self.source.copy(number, slot.memory)
             return
         # What used the slot before has been queued by now, so the copy may start when the queue has come this far.
         self.fetching.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.fetching):
-            self.source.copy(number, self.slots[place])
-            self.fetched[place].record(self.fetching)  # type: ignore[union-attr]
+            self.source.copy(number, slot.memory)
+            slot.filled.record(self.fetching)
+
+    def _bind(self, number: int, slot: Slot) -> None:
+        for tensor, view in zip(self.tensors[number], slot.views, strict=True):
+            tensor.data = view
 
 
 class _BeforeBackward(torch.autograd.Function):
     """Passes a block's result on, and fetches the block again when its backward pass is about to begin."""
 
     @staticmethod
-    def forward(ctx, result: Tensor, stream: Stream, number: int) -> Tensor:  # type: ignore[override, no-untyped-def]
+    def forward(ctx, result: Tensor, stream: Stream, number: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.stream, ctx.number = stream, number
         return result.view_as(result)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override, no-untyped-def]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         ctx.stream.arrive(ctx.number, upwards=False)
         return gradient, None, None
 
@@ -234,7 +283,7 @@ class HostActivations:
 
     def unpack(self, number: int) -> Tensor:
         """The input on the device; the one needed next begins to come back."""
-        tensor, event = self.coming.pop(number, None) or self._bring(number)
+        tensor, event = self.coming.pop(number) if number in self.coming else self._bring(number)
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
             tensor.record_stream(torch.cuda.current_stream(self.device))
@@ -262,7 +311,7 @@ class HostActivations:
 
         def run_block(number: int, block: nn.Module, hidden: Tensor, *inputs: Any) -> Tensor:
             if not torch.is_grad_enabled():
-                return block(hidden, *inputs)  # type: ignore[no-any-return]
+                return block(hidden, *inputs)
             return _Recomputed.apply(hidden, anchor, self, block, inputs)
 
         model.run_block = run_block
@@ -276,7 +325,7 @@ class _Recomputed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override, no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
         ctx, hidden: Tensor, anchor: Tensor, store: HostActivations, block: nn.Module, inputs: tuple[Any, ...]
     ) -> Tensor:
         ctx.store, ctx.block, ctx.inputs = store, block, inputs
@@ -287,7 +336,7 @@ class _Recomputed(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override, no-untyped-def]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         hidden = ctx.store.unpack(ctx.number).detach().requires_grad_()
         now = _random_state(hidden.device)
         _set_random_state(hidden.device, ctx.random)

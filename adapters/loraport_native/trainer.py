@@ -7,6 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from loraport.spec.models import TrainSpec
 from loraport_native import flow
 from loraport_native.checkpoints import load_state, save_checkpoint, whole_checkpoints
 from loraport_native.data import Sample, TrainingSet, epoch_batches
-from loraport_native.device import peak_memory_gib, peak_reserved_gib
+from loraport_native.device import free_memory_bytes, peak_memory_gib, peak_reserved_gib
 from loraport_native.distributed import ALONE, Group
 from loraport_native.lora import Adapter, Ema, Masters, write_adapter
 from loraport_native.models.ideogram4 import Ideogram4
 from loraport_native.optim import make_optimizer, make_schedule
+from loraport_native.recompute import recompute_what_must_be
 
 Emit = Callable[[Event], None]
 
@@ -33,6 +35,19 @@ VALIDATION_LEVELS = 4
 
 class Stopped(Exception):
     """A stop was asked for and the checkpoint is written."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one forward pass takes, on the device: latents and noise (B, N, channels), sigma (B,), text (B, T, hidden)
+    with the lengths of the samples' own (see `pad_left`), and the grid (height, width) in tokens."""
+
+    latents: Tensor
+    noise: Tensor
+    sigma: Tensor
+    text: Tensor
+    lengths: list[int] | None
+    grid: tuple[int, int]
 
 
 class Trainer:
@@ -60,11 +75,13 @@ class Trainer:
         self.step = 0
         self.stop_requested = False
         self._epoch: tuple[int, list[list[Sample]]] = (-1, [])
+        self._ahead: dict[int, Draw] = {}
 
     def fit(self) -> None:
         """Train to the last step. Raises Stopped when a stop was asked for, BackendError when training diverges."""
         self._resume()
         spec = self.spec
+        self._warm_up()
         self._at_intervals()  # also after resuming: what was due at that step may not have been done
         phase_is_over = True
         while self.step < spec.train.steps:
@@ -78,6 +95,40 @@ class Trainer:
             if stop and not last:
                 raise Stopped
             phase_is_over = self._at_intervals()
+
+    def _warm_up(self) -> None:
+        """Compile before the first step is timed, and settle what is recomputed. Changes nothing that is trained."""
+        memory = self.spec.memory
+        settles = memory.gradient_checkpointing == "auto" and memory.offload == "none" and self.device.type == "cuda"
+        if self.step == self.spec.train.steps or (memory.compile == "none" and not settles):
+            return
+        self.emit(PhaseStarted(phase="compile"))
+        index, batch = self._largest_batch()
+
+        def probe() -> None:
+            self.model.train()
+            self._loss(batch, index).backward()
+            for parameter in self.adapter.parameters():
+                parameter.grad = None
+
+        if not settles:
+            probe()
+            return
+        # The optimizer's state is not there yet: two moments of 4 bytes a parameter, at most.
+        state = 8 * sum(weight.numel() for weight in self.masters.weights)
+        limit = torch.cuda.memory_allocated(self.device) + free_memory_bytes(self.device) - state
+        count = recompute_what_must_be(self.model, probe, limit)
+        print(f"memory.gradient_checkpointing: auto recomputes {count} of {len(self.model.layers)} blocks.", flush=True)
+
+    def _largest_batch(self) -> tuple[int, list[Sample]]:
+        """The batch of the first epoch with the most tokens, and its index."""
+        batches = epoch_batches(self.data.samples, self.spec.train.batch_size, self.spec.train.seed, 0)
+
+        def tokens(batch: list[Sample]) -> int:
+            width, height = batch[0].bucket
+            return len(batch) * ((width // 16) * (height // 16) + max(len(self.data.text(one.text)) for one in batch))
+
+        return max(enumerate(batches), key=lambda entry: tokens(entry[1]))
 
     # -- one optimizer step -------------------------------------------------------------------------------------
 
@@ -93,6 +144,8 @@ class Trainer:
         for part in self.group.share(range(parts)):
             loss = self._loss(batches[part], indices[part]) / parts
             loss.backward()
+            if indices[part] + self.group.size < train.steps * parts:
+                self._draw_ahead(indices[part] + self.group.size)  # while the device still computes
             self.masters.collect_gradients()
             losses[part] = loss.detach()
         self.group.sum_gradients(self.masters.weights, losses)
@@ -135,28 +188,42 @@ class Trainer:
             self._epoch = (epoch, epoch_batches(self.data.samples, size, seed, epoch))
         return self._epoch[1][position]
 
-    def _loss(self, batch: list[Sample], index: int) -> Tensor:
-        """Weighted mean loss of a batch, with noise, time, dropped captions and dropout drawn from (seed, index)."""
+    def _draw_ahead(self, index: int) -> None:
+        self._ahead = {index: self._draw(self._batch(index), index)}
+
+    def _draw(self, batch: list[Sample], index: int) -> Draw:
+        """A batch on the device, with noise, time and dropped captions drawn from (seed, index)."""
         train = self.spec.train
         generator = torch.Generator().manual_seed(derived_seed(train.seed, "train", index))
-        torch.manual_seed(derived_seed(train.seed, "dropout", index))
         width, height = batch[0].bucket
         dropped = torch.rand(len(batch), generator=generator) < self.spec.dataset.caption_dropout
         sigma = flow.sample_sigma(
             len(batch), flow.shifted_mean(train.timestep_mean, width, height), train.timestep_std, generator
         )
         keys = [self.data.empty_text if drop else sample.text for sample, drop in zip(batch, dropped, strict=True)]
-        latents = torch.stack([self.data.latents(sample) for sample in batch])
-        noise = torch.randn(latents.shape, generator=generator)
-        losses = self._losses(latents, noise, sigma, keys, (height // 16, width // 16))
-        weights = torch.tensor([sample.weight for sample in batch], device=self.device)
-        return (losses * weights).mean()
+        latents = [self.data.latents(sample) for sample in batch]
+        noise = torch.randn((len(batch), *latents[0].shape), generator=generator)
+        return self._on_device(latents, noise, sigma, keys, (height // 16, width // 16))
 
-    def _losses(self, latents: Tensor, noise: Tensor, sigma: Tensor, keys: list[str], grid: tuple[int, int]) -> Tensor:
-        latents, noise, sigma = (tensor.to(self.device, non_blocking=True) for tensor in (latents, noise, sigma))
-        inputs, target = flow.noisy(latents, noise, sigma)
-        text, lengths = pad_left([self.data.text(key) for key in keys])
-        prediction = self.model.velocity(inputs, text.to(self.device), lengths, 1 - sigma, grid)
+    def _on_device(
+        self, latents: list[Tensor], noise: Tensor, sigma: Tensor, keys: list[str], grid: tuple[int, int]
+    ) -> Draw:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        text, lengths = pad_left([move(self.data.text(key)) for key in keys])
+        return Draw(torch.stack([move(one) for one in latents]), move(noise), move(sigma), text, lengths, grid)
+
+    def _loss(self, batch: list[Sample], index: int) -> Tensor:
+        """Weighted mean loss of a batch; its dropout is drawn from (seed, index) too."""
+        draw = self._ahead.pop(index) if index in self._ahead else self._draw(batch, index)
+        torch.manual_seed(derived_seed(self.spec.train.seed, "dropout", index))
+        weights = torch.tensor([sample.weight for sample in batch], device=self.device)
+        return (self._losses(draw) * weights).mean()
+
+    def _losses(self, draw: Draw) -> Tensor:
+        inputs, target = flow.noisy(draw.latents, draw.noise, draw.sigma)
+        prediction = self.model.velocity(inputs, draw.text, draw.lengths, 1 - draw.sigma, draw.grid)
         return flow.losses(prediction, target)
 
     def _diverged(self, what: str, step: int, samples: list[Sample]) -> BackendError:
@@ -209,7 +276,7 @@ class Trainer:
             noise = torch.randn(latents.shape, generator=generator)
             sigma = torch.sigmoid(flow.shifted_mean(train.timestep_mean, width, height) + train.timestep_std * z[level])
             grid = (height // 16, width // 16)
-            values[case] = self._losses(latents, noise, sigma[None], [sample.text], grid)[0]
+            values[case] = self._losses(self._on_device(list(latents), noise, sigma[None], [sample.text], grid))[0]
         self.group.sum(values)
         mean_loss = values.double().mean().item()
         if not math.isfinite(mean_loss):

@@ -78,8 +78,9 @@ def test_inputs_kept_on_the_host_change_nothing_for_any_adapter(tiny_official: P
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
-def test_each_block_is_copied_once_a_pass_and_not_at_the_turn(tiny_official: Path) -> None:
-    model, adapter = model_with(tiny_official)
+def streamed(checkpoint: Path, **settings: int) -> tuple[Stream, Ideogram4, Adapter, list[int]]:
+    """A model with its stream, and the list that notes which blocks are copied."""
+    model, adapter = model_with(checkpoint)
     copies: list[int] = []
 
     class Noted(Host):
@@ -87,10 +88,15 @@ def test_each_block_is_copied_once_a_pass_and_not_at_the_turn(tiny_official: Pat
             copies.append(number)
             super().copy(number, slot)
 
-    stream = Stream(Noted(CPU), CPU, slots=2)
+    stream = Stream(Noted(CPU), CPU, **settings)
     for number, block in enumerate(model.layers):
         stream.take(number, block)
     stream.attach(model)
+    return stream, model, adapter, copies
+
+
+def test_each_block_is_copied_once_a_pass_and_not_at_the_turn(tiny_official: Path) -> None:
+    _, model, adapter, copies = streamed(tiny_official, slots=2, more_upwards=0)
     step(model, adapter)
     assert copies == [0, 1, 2, 0], "of three blocks, 2 and 1 are still there when the backward pass begins"
     copies.clear()
@@ -98,9 +104,31 @@ def test_each_block_is_copied_once_a_pass_and_not_at_the_turn(tiny_official: Pat
     assert copies == [2, 0], "and 0 and 1 when the next step does"
 
 
-def test_the_device_holds_no_more_than_the_slots(tiny_official: Path) -> None:
+def test_the_device_holds_as_many_blocks_as_there_is_room_for_at_each_moment(
+    tiny_official: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, model, adapter, copies = streamed(tiny_official, slots=1, more_upwards=1)
+    seen: list[tuple[int, bool, int]] = []
+    arrive = stream.arrive
+
+    def note(number: int, upwards: bool) -> None:
+        # as if what is kept of two blocks took the place of one
+        stream.kept_bytes = stream.size // 2
+        arrive(number, upwards)
+        assert number in stream.held
+        seen.append((number, upwards, len(stream.held) + len(stream.spare)))
+
+    monkeypatch.setattr(stream, "arrive", note)
+    for _ in range(2):
+        seen.clear()
+        copies.clear()
+        step(model, adapter)
+        # Three blocks: room for 1 + (3 - number) // 2, and one more upwards.
+        assert [count <= 1 + (3 - number) // 2 + up for number, up, count in seen] == [True] * 6
+    assert copies == [2, 1, 0], "with one slot and no more room they would be 1, 2, 1, 0"
+
+
+def test_a_resident_place_is_shared_by_all_blocks(tiny_official: Path) -> None:
     model, _ = model_with(tiny_official, offload="group", storage="none")
-    places = {
-        parameter.untyped_storage().data_ptr() for parameter in model.layers.parameters() if not parameter.requires_grad
-    }
-    assert len(places) == 2 < len(model.layers)
+    frozen = [parameter for parameter in model.layers.parameters() if not parameter.requires_grad]
+    assert len({parameter.untyped_storage().data_ptr() for parameter in frozen}) == 1

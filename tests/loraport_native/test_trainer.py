@@ -14,7 +14,7 @@ from loraport.errors import BackendError
 from loraport.run.events import Checkpoint, PhaseStarted, Resumed, Step, Validation
 from loraport_native.checkpoints import whole_checkpoints
 from loraport_native.dialect import NativeDialect
-from loraport_native.trainer import Stopped, pad_left
+from loraport_native.trainer import Draw, Stopped, pad_left
 
 OPTIMIZERS = {"adamw": 1e-2, "adamw8bit": 1e-2, "adafactor": 1e-2, "prodigy": 1.0, "lion": 1e-3}
 
@@ -84,12 +84,12 @@ def test_bf16_trains_about_as_well_as_float32(make_spec, make_trainer, photos, t
 
 def test_accumulation_gives_the_gradient_of_one_bigger_batch(make_spec, make_trainer) -> None:
     trainer = make_trainer(make_spec(train={"gradient_accumulation": 4, "max_grad_norm": 0}))
-    passes: list[tuple[Any, ...]] = []
+    passes: list[Draw] = []
     compute = trainer._losses
 
-    def spy(*arguments: Any) -> Tensor:
-        passes.append(arguments)
-        return compute(*arguments)
+    def spy(draw: Draw) -> Tensor:
+        passes.append(draw)
+        return compute(draw)
 
     trainer._losses = spy
     gradients: list[Tensor] = []
@@ -97,10 +97,12 @@ def test_accumulation_gives_the_gradient_of_one_bigger_batch(make_spec, make_tra
     fill_up_factors(trainer)
     trainer._one_step()
     assert len(passes) == 4
-    latents, noise, sigma = (torch.cat([each[i] for each in passes]) for i in range(3))
-    keys = [key for each in passes for key in each[3]]
-    assert len(set(keys)) == 4
-    loss = compute(latents, noise, sigma, keys, (4, 4)).mean()
+    latents, noise, sigma = (
+        torch.cat([getattr(each, name) for each in passes]) for name in ("latents", "noise", "sigma")
+    )
+    texts = [text for each in passes for text in each.text]
+    assert len({len(text) for text in texts}) == 4
+    loss = compute(Draw(latents, noise, sigma, *pad_left(texts), (4, 4))).mean()
     expected = torch.autograd.grad(loss, trainer.masters.weights)
     assert told(trainer, Step)[0].loss == pytest.approx(loss.item(), rel=1e-6)
     for got, wanted in zip(gradients, expected, strict=True):
@@ -178,12 +180,9 @@ def test_captions_are_dropped_in_the_share_asked_for(make_spec, make_trainer, sh
     """1000 samples: five standard deviations are 0.068."""
     trainer = make_trainer(make_spec(dataset={"caption_dropout": share}, train={"batch_size": 2}))
     used: list[str] = []
-
-    def spy(latents: Tensor, noise: Tensor, sigma: Tensor, keys: list[str], grid: tuple[int, int]) -> Tensor:
-        used.extend(keys)
-        return torch.zeros(len(keys))
-
-    trainer._losses = spy
+    read = trainer.data.text
+    object.__setattr__(trainer.data, "text", lambda key: (used.append(key), read(key))[1])
+    trainer._losses = lambda draw: torch.zeros(len(draw.latents))
     for index in range(500):
         trainer._loss(trainer._batch(index), index)
     assert low <= used.count(trainer.data.empty_text) / len(used) <= high

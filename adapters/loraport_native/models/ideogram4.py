@@ -109,7 +109,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     attended = []
     for sample, start in enumerate(mask):
         one = slice(sample, sample + 1)
-        real = F.scaled_dot_product_attention(*(part[one, :, start:] for part in (query, key, value)))
+        real = F.scaled_dot_product_attention(query[one, :, start:], key[one, :, start:], value[one, :, start:])
         attended.append(F.pad(real, (0, 0, start, 0)))
     return torch.cat(attended)
 
@@ -138,7 +138,7 @@ class FusedBlock(Ideogram4TransformerBlock):
         self.adaln_modulation = nn.Linear(adaln_dim, 4 * hidden_size)
         self.keeps_attention = False  #: see `loraport_native.recompute`
 
-    def forward(self, *inputs: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, *inputs: Any) -> Tensor:
         """Run (hidden_states (B, L, hidden), mask, rotation, modulation (B, 1, adaln_dim)) → (B, L, hidden)."""
         if self.keeps_attention and torch.is_grad_enabled():
             return keeping_attention(super().forward, *inputs)
@@ -198,6 +198,10 @@ class Ideogram4(Ideogram4Transformer2DModel):
     def dtype(self) -> torch.dtype:
         """What the model computes in: that of a weight which no quantisation touches."""
         return self.embed_image_indicator.weight.dtype
+
+    def blocks(self) -> list[FusedBlock]:
+        """The blocks in their order."""
+        return list(self.layers)  # type: ignore[arg-type]
 
     def project_text(self, features: Tensor) -> Tensor:
         """Project text features (B, T, llm_features_dim) to (B, T, hidden), each token by itself.
@@ -286,9 +290,7 @@ class Ideogram4(Ideogram4Transformer2DModel):
         sample = self._run(hidden, timestep, position_ids, mask)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _run(
-        self, hidden: Tensor, timestep: Tensor, positions: Tensor, mask: Mask, image_from: int = 0
-    ) -> Tensor:
+    def _run(self, hidden: Tensor, timestep: Tensor, positions: Tensor, mask: Mask, image_from: int = 0) -> Tensor:
         time = self.t_embedding(timestep)
         if timestep.dim() == 1:
             time = time.unsqueeze(1)

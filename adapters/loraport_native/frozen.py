@@ -1,0 +1,152 @@
+"""Products with a frozen weight, however it is stored, and with a LoRA on top.
+
+A weight is a kind and its stored tensors:
+
+    plain         (weight (out, in),)
+    rows          (8-bit rows (out, in), float32 scales (out, 1)), multiplied in the dtype of the activations
+    scaled rows   the same, multiplied in 8 bits forward and backward: activations and gradients are quantised as they
+                  come, a scale a token
+    nf4           (bitsandbytes' packed (out·in/2, 1) uint8, float32 largest value of each 64 numbers)
+    nf4 fp8       the same, multiplied in 8-bit floats
+    nf4 int8      the same, multiplied in 8-bit integers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from loraport_native.scaled_matmul import product, to_rows
+
+NF4_BLOCK = 64
+Product = Callable[
+    ..., Tensor
+]  #: (x (M, in), *stored) → x·Wᵀ, or (gradient (M, out), *stored) → gradient·W; a new tensor
+
+
+def frozen_linear(x: Tensor, kind: str, stored: tuple[Tensor, ...]) -> Tensor:
+    """x (…, in) · Wᵀ. The weight gets no gradient, and no wide copy of it outlives one product."""
+    return _Frozen.apply(x.flatten(0, -2), kind, *stored).unflatten(0, x.shape[:-1])
+
+
+def adapted_linear(x: Tensor, down: Tensor, up: Tensor, scale: float, kind: str, stored: tuple[Tensor, ...]) -> Tensor:
+    """x·Wᵀ + scale·(x·downᵀ)·upᵀ for a LoRA of factors down (rank, in) and up (out, rank).
+
+    The LoRA's part is added by the matrix product itself, to the result and to the gradient in place: as a tensor of
+    its own it would cross the device's memory three more times, which costs more than computing it.
+    """
+    return _Adapted.apply(x.flatten(0, -2), down, up, scale, kind, *stored).unflatten(0, x.shape[:-1])
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, kind: str, *stored: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*stored)
+        ctx.kind = kind
+        return PRODUCTS[kind][0](x, *stored)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        stored = ctx.saved_tensors
+        return PRODUCTS[ctx.kind][1](gradient, *stored), None, *(None for _ in stored)
+
+
+class _Adapted(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, down: Tensor, up: Tensor, scale: float, kind: str, *stored: Tensor
+    ) -> Tensor:
+        result = PRODUCTS[kind][0](x, *stored)
+        inner = (x @ down.t()) * scale
+        add_product_(result, inner, up.t())
+        ctx.save_for_backward(x, inner, down, up, *stored)
+        ctx.scale, ctx.kind = scale, kind
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        x, inner, down, up, *stored = ctx.saved_tensors
+        outer = (gradient @ up) * ctx.scale
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = PRODUCTS[ctx.kind][1](gradient, *stored)
+            add_product_(to_x, outer, down)
+        return to_x, outer.t() @ x, gradient.t() @ inner, None, None, *(None for _ in stored)
+
+
+@torch.library.custom_op("loraport::add_product_", mutates_args=("total",))
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (M, N) += left (M, K) · right (K, N). An operator of its own because the compiler would make the sum a
+    separate pass over memory."""
+    total.addmm_(left, right)
+
+
+@add_product_.register_fake
+def _(total: Tensor, left: Tensor, right: Tensor) -> None:
+    pass
+
+
+def _plain(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.t()
+
+
+def _plain_back(gradient: Tensor, weight: Tensor) -> Tensor:
+    return gradient @ weight
+
+
+def _rows(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    # Every 8-bit number is exact in bfloat16, so nothing of the weight is rounded: its scales go on the result.
+    return (x @ rows.to(x.dtype).t()) * scale.t().to(x.dtype)
+
+
+def _rows_back(gradient: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    return (gradient * scale.t().to(gradient.dtype)) @ rows.to(gradient.dtype)
+
+
+def _scaled_rows(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    return product(*to_rows(x, rows.dtype), rows, scale, x.dtype)
+
+
+def _scaled_rows_back(gradient: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    # The sum is over the weight's rows now, so their scales go on the gradient before it is quantised.
+    ones = scale.new_ones(rows.shape[1], 1)
+    return product(*to_rows(gradient.float() * scale.t(), rows.dtype), rows.t().contiguous(), ones, gradient.dtype)
+
+
+def _nf4(x: Tensor, packed: Tensor, largest: Tensor) -> Tensor:
+    return x @ _unpack(packed, largest, (-1, x.shape[1]), x.dtype).t()
+
+
+def _nf4_back(gradient: Tensor, packed: Tensor, largest: Tensor) -> Tensor:
+    return gradient @ _unpack(packed, largest, (gradient.shape[1], -1), gradient.dtype)
+
+
+def _nf4_in(dtype: torch.dtype) -> tuple[Product, Product]:
+    def times(x: Tensor, packed: Tensor, largest: Tensor) -> Tensor:
+        return _scaled_rows(x, *to_rows(_unpack(packed, largest, (-1, x.shape[1]), x.dtype), dtype))
+
+    def back(gradient: Tensor, packed: Tensor, largest: Tensor) -> Tensor:
+        weight = _unpack(packed, largest, (gradient.shape[1], -1), gradient.dtype)
+        return _scaled_rows(gradient, *to_rows(weight.t(), dtype))
+
+    return times, back
+
+
+def _unpack(packed: Tensor, largest: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight; -1 stands for the side that follows from the number of its numbers."""
+    known = max(shape)
+    full = tuple(2 * packed.numel() // known if side == -1 else side for side in shape)
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, largest, NF4_BLOCK, "nf4", full, dtype)
+    return weight
+
+
+PRODUCTS: dict[str, tuple[Product, Product]] = {
+    "plain": (_plain, _plain_back),
+    "rows": (_rows, _rows_back),
+    "scaled rows": (_scaled_rows, _scaled_rows_back),
+    "nf4": (_nf4, _nf4_back),
+    "nf4 fp8": _nf4_in(torch.float8_e4m3fn),
+    "nf4 int8": _nf4_in(torch.int8),
+}

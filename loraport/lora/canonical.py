@@ -21,7 +21,7 @@ Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 Rows = Callable[[int, int], Float64]
 
-_BLOCK = 1 << 18  # numbers that stay in the processor's cache
+BLOCK = 1 << 17  # numbers that stay in the processor's cache, with what is computed from them
 
 
 def exact(array: Array) -> Float64:
@@ -35,10 +35,12 @@ def all_finite(array: Array) -> bool:
         return bool(np.isfinite(array).all())
     if array.dtype.itemsize == 1:
         return bool(np.isfinite(np.unique(array.view(np.uint8)).view(array.dtype)).all())
-    # The bits of infinity are those of the largest exponent; once the sign is shifted out, NaN alone lies above.
-    bound = int(np.array(np.inf, array.dtype).view(np.uint16)) << 1
+    # Infinity and NaN are the largest numbers that the bits can be read as, with a sign for the positive ones of them and
+    # without one for the negative.
+    infinity = int(np.array(np.inf, array.dtype).view(np.uint16))
     bits = np.ascontiguousarray(array).view(np.uint16).reshape(-1)
-    return all(int((bits[start : start + _BLOCK] << 1).max()) < bound for start in range(0, bits.size, _BLOCK))
+    blocks = (bits[start : start + BLOCK] for start in range(0, bits.size, BLOCK))
+    return all(int(block.max()) < infinity | 0x8000 and int(block.view(np.int16).max()) < infinity for block in blocks)
 
 
 @dataclass(frozen=True, eq=False)

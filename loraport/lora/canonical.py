@@ -35,8 +35,8 @@ def all_finite(array: Array) -> bool:
         return bool(np.isfinite(array).all())
     if array.dtype.itemsize == 1:
         return bool(np.isfinite(np.unique(array.view(np.uint8)).view(array.dtype)).all())
-    # Infinity and NaN are the largest numbers that the bits can be read as, with a sign for the positive ones of them and
-    # without one for the negative.
+    # Infinity and NaN are the largest numbers that the bits can be read as: the positive ones with a sign, the negative
+    # ones without.
     infinity = int(np.array(np.inf, array.dtype).view(np.uint16))
     bits = np.ascontiguousarray(array).view(np.uint16).reshape(-1)
     blocks = (bits[start : start + BLOCK] for start in range(0, bits.size, BLOCK))

@@ -135,7 +135,8 @@ class Trainer:
     def _one_step(self) -> None:
         started = time.perf_counter()
         train = self.spec.train
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         # Counted over all GPUs, so that the data and the noise of a step do not depend on how many there are.
         parts = train.gradient_accumulation * self.group.size
         indices = range(self.step * parts, (self.step + 1) * parts)

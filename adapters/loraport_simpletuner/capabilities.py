@@ -35,7 +35,8 @@ def _model(table: VerdictTable) -> None:
     if model.checkpoint == "tiny":
         table.refused(
             "model.checkpoint",
-            reason="SimpleTuner's Ideogram has fixed sizes: give a real checkpoint, or choose native",
+            reason="SimpleTuner's Ideogram has its sizes in its code, which only code under its licence (AGPL) could "
+            "change: give a real checkpoint, or choose native",
         )
     elif mapping.is_local(model.checkpoint):
         table.exact(

@@ -26,7 +26,7 @@ def test_every_field_is_judged_in_order_and_a_plain_spec_is_done_exactly(make_sp
 @pytest.mark.parametrize(
     ("changes", "path", "kind", "reason"),
     [
-        ({"model": {"checkpoint": "tiny"}}, "model.checkpoint", Kind.REFUSED, "fixed sizes"),
+        ({"model": {"checkpoint": "tiny"}}, "model.checkpoint", Kind.REFUSED, "its sizes in its code"),
         ({"memory": {"quantize": "nf4"}}, "model.checkpoint", Kind.APPROXIMATED, "ideogram-4-nf4"),
         ({"model": {"revision": "v2"}}, "model.revision", Kind.REFUSED, "main branch"),
         ({"model": {"dtype": "fp16"}}, "model.dtype", Kind.REFUSED, "bf16"),

@@ -228,11 +228,11 @@ def _sample(table: VerdictTable) -> None:
         fields = ("every", "prompts", "steps", "guidance", "width", "height", "seed")
         table.exact(*(f"sample.{name}" for name in fields), reason="none are drawn")
         return
-    accumulated = "; with accumulated passes it draws some images twice and may leave the last one out"
     table.approximated(
         "sample.every",
-        reason="validation_step_interval; the text encoder is loaded again for the first image and then stays in "
-        f"memory, 17 GB in bf16{accumulated if table.spec.train.gradient_accumulation > 1 else ''}",
+        reason="validation_step_interval. The text encoder is loaded again for the first image and stays in memory, "
+        "17 GB in bf16; drawing takes random numbers from the steps after it; with train.gradient_accumulation some "
+        "images are drawn twice and the last one may be left out",
     )
     if len(sample.prompts) == 1:
         table.exact("sample.prompts", reason="validation_prompt")

@@ -178,15 +178,18 @@ def _lycoris(spec: TrainSpec) -> dict[str, Any]:
 
 def _sample(spec: TrainSpec) -> dict[str, Any]:
     sample = spec.sample
+    shared = {
+        "ideogram_validation": bool(sample.every),
+        # Without this the held-out loss is not measured either.
+        "validation_disable": not (sample.every or spec.validation.every),
+        "validation_disable_unconditional": True,
+    }
     if not sample.every:
-        return {"ideogram_validation": False, "validation_disable": True}
-    return {
-        "ideogram_validation": True,
-        "validation_disable": False,
+        return shared
+    return shared | {
         # Of a library of prompts it looks for text features under other keys than it kept them (4.8 to 4.10).
         "validation_prompt": sample.prompts[0],
         "validation_negative_prompt": mapping.NEGATIVE,
-        "validation_disable_unconditional": True,
         "validation_step_interval": sample.every,
         "validation_num_inference_steps": sample.steps,
         "validation_guidance": sample.guidance,

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from loraport.errors import DataError
 from loraport.lora.canonical import LoraFile
+from loraport.lora.storage import read_tensors
 
 
 class UnknownScale(DataError):
@@ -50,3 +51,18 @@ class WritableDialect(Dialect, Protocol):
         """Write a file in `dtype` ('bf16', 'fp16' or 'fp32'), or None for each tensor's own. Raises DataError when a
         value does not fit."""
         ...
+
+
+def detect_dialect(path: Path, dialects: Mapping[str, Dialect]) -> Dialect:
+    """The dialect that is surest that `path` is written in it. Raises DataError when none knows it."""
+    tensors = read_tensors(path)
+    sure = {
+        name: dialect.detect(tensors.keys(), tensors.shapes, tensors.metadata) for name, dialect in dialects.items()
+    }
+    best = max(sure, key=lambda name: sure[name], default=None)
+    if best is None or sure[best] <= 0:
+        some = ", ".join(list(tensors)[:3]) or "none"
+        raise DataError(
+            f"{path}: no LoRA dialect knows these keys: {some}. Dialects: {', '.join(sorted(dialects)) or 'none'}."
+        )
+    return dialects[best]

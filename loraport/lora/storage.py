@@ -11,6 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,12 @@ class Tensors(Mapping[str, Array]):
         self._header = header
         self._start = start
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, from the header alone."""
         return {name: tuple(entry["shape"]) for name, entry in self._header.items()}
 
-    @property
+    @cached_property
     def dtypes(self) -> dict[str, str]:
         """The safetensors code of every tensor's dtype, such as BF16, from the header alone."""
         return {name: entry["dtype"] for name, entry in self._header.items()}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraport.errors import BackendError, DataError
+from loraport.errors import BackendError
 from loraport.files import atomic_path, write_atomic
 from loraport.planning import Plan
 from loraport.run import events
@@ -30,7 +30,7 @@ def finish(
     Raises DataError when no dialect knows the file or it is damaged, and BackendError when what was written does not
     mean what was trained; then nothing is published.
     """
-    from loraport.lora.dialect import WritableDialect
+    from loraport.lora.dialect import WritableDialect, detect_dialect
     from loraport.lora.proof import prove
 
     spec = plan.spec
@@ -61,20 +61,3 @@ def finish(
             worst_difference=max(module.difference for module in proof.modules),
         )
     )
-
-
-def detect_dialect(path: Path, dialects: Mapping[str, Dialect]) -> Dialect:
-    """The dialect that is surest that `path` is written in it. Raises DataError when none knows it."""
-    from loraport.lora.storage import read_tensors
-
-    tensors = read_tensors(path)
-    sure = {
-        name: dialect.detect(tensors.keys(), tensors.shapes, tensors.metadata) for name, dialect in dialects.items()
-    }
-    best = max(sure, key=lambda name: sure[name], default=None)
-    if best is None or sure[best] <= 0:
-        some = ", ".join(list(tensors)[:3]) or "none"
-        raise DataError(
-            f"{path}: no LoRA dialect knows these keys: {some}. Dialects: {', '.join(sorted(dialects)) or 'none'}."
-        )
-    return dialects[best]

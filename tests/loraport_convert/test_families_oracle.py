@@ -13,9 +13,9 @@ import family_models as models
 import numpy as np
 import pytest
 
+from loraport.lora.dialect import detect_dialect
 from loraport.lora.storage import read_tensors, write_tensors
 from loraport.plugins import plugins
-from loraport.run.finish import detect_dialect
 
 pytestmark = [
     pytest.mark.slow,

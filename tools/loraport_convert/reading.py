@@ -10,9 +10,8 @@ from pathlib import Path
 
 from loraport.errors import DataError
 from loraport.lora.canonical import LoraFile
-from loraport.lora.dialect import AskingDialect, Dialect, UnknownScale
+from loraport.lora.dialect import AskingDialect, Dialect, UnknownScale, detect_dialect
 from loraport.lora.lazy import LazyModules
-from loraport.run.finish import detect_dialect
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 

@@ -12,11 +12,12 @@ from run_fakes import write_lora
 from loraport.errors import BackendError, DataError, RunFolderError
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.lora.canonical import LoraFile, LoraModule, LowRank
+from loraport.lora.dialect import detect_dialect
 from loraport.lora.storage import read_tensors, write_tensors
 from loraport.planning import Plan
 from loraport.run import events
 from loraport.run.events import Event
-from loraport.run.finish import detect_dialect, finish
+from loraport.run.finish import finish
 from loraport.run.folder import RunFolder
 from loraport.run.record import Record
 from loraport_convert.comfyui import ComfyUI

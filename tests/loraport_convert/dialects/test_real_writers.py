@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from loraport.lora.dialect import detect_dialect
 from loraport.lora.dora import with_norms
 from loraport.plugins import plugins
-from loraport.run.finish import detect_dialect
 from loraport_convert.codec.decode import FAMILY_KEY
 from loraport_convert.families import FAMILIES
 from loraport_convert.families.rules import cuts

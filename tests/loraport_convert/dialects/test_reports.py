@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 
 from loraport.errors import DataError
 from loraport.lora.canonical import LoKr
-from loraport.lora.dialect import UnknownScale
+from loraport.lora.dialect import UnknownScale, detect_dialect
 from loraport.lora.dora import with_norms
 from loraport.lora.stacked import NotExact, Stacked
 from loraport.lora.storage import read_tensors, write_tensors
 from loraport.plugins import plugins
-from loraport.run.finish import detect_dialect
 from loraport_convert.codec.decode import FAMILY_KEY
 from loraport_convert.comfyui import ComfyUI
 

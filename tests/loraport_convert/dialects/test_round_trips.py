@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_loras import MODELS, assert_same_changes, native_changes, shapes
 
+from loraport.lora.dialect import detect_dialect
 from loraport.lora.proof import prove
 from loraport.lora.storage import read_tensors, write_tensors
 from loraport.plugins import plugins
-from loraport.run.finish import detect_dialect
 from loraport_convert.codec.decode import FAMILY_KEY
 
 pytest.importorskip("diffusers")

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from loraport.lora.canonical import LoraFile, LoraModule, LowRank
+from loraport.lora.dialect import detect_dialect
 from loraport.lora.proof import prove
 from loraport.lora.stacked import NotExact
 from loraport.lora.storage import read_tensors, write_tensors
 from loraport.plugins import plugins
-from loraport.run.finish import detect_dialect
 
 CLIP, T5 = "text_model.encoder.layers.1.self_attn.q_proj", "encoder.block.0.layer.0.SelfAttention.q"
 MODEL = {

@@ -42,12 +42,11 @@ def find_device(wanted: Any, asked_in: str) -> torch.device:
     """The device of that name; `auto` is the best there is. SpecError, naming `asked_in`, when it is not there."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = ["cuda"] * bool(cards) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if wanted == "auto":
-        return torch.device(here[0])
+    wanted = here[0] if wanted == "auto" else wanted
     here += [f"cuda:{number}" for number in range(cards)]
     if wanted not in here:
         raise SpecError(f"{asked_in}: {wanted!r} is not on this machine. Here: {', '.join(here)}.")
-    return torch.device(wanted)
+    return torch.device("cuda:0" if wanted == "cuda" else wanted)  # parts of torch.cuda want a number
 
 
 def limit_memory(spec: TrainSpec, device: torch.device) -> None:

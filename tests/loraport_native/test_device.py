@@ -23,6 +23,13 @@ def test_the_best_device_is_chosen(make_spec, monkeypatch, cuda: bool, mps: bool
     assert choose_device(make_spec(backend={"options": {"device": "cpu"}})) == torch.device("cpu")
 
 
+@pytest.mark.parametrize("wanted", ["auto", "cuda", "cuda:0"])
+def test_a_cuda_device_has_its_number_which_parts_of_torch_want(make_spec, monkeypatch, wanted: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device(make_spec(backend={"options": {"device": wanted}})) == torch.device("cuda", 0)
+
+
 @pytest.mark.parametrize("wanted", ["cuda", "cuda:1", "tpu", "cpu:banana", 3, ""])
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(make_spec, monkeypatch, wanted: object) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -16,9 +16,11 @@ import time
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from loraport.lora.storage import write_tensors
 from loraport.run.record import read_events
 
 BACKENDS = ("simpletuner", "diffsynth", "ai-toolkit")
@@ -63,9 +65,16 @@ def pythons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from loraport_native.tiny import write_tiny
-
-    return write_tiny(tmp_path_factory.mktemp("modell ü") / "ideogram 4", "official")
+    """The files of a checkpoint as far as they are looked at before a trainer starts."""
+    folder = tmp_path_factory.mktemp("modell ü") / "ideogram 4"
+    weights = "diffusion_pytorch_model.safetensors"
+    for name in (f"transformer/{weights}", f"vae/{weights}", "text_encoder/model.safetensors"):
+        (folder / name).parent.mkdir(parents=True)
+        write_tensors(folder / name, {"layers.0.attention.qkv.weight": np.zeros(1, np.float32)}, {})
+    (folder / "tokenizer").mkdir()
+    for name in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"):
+        (folder / name).write_text("{}")
+    return folder
 
 
 class Project:

@@ -18,7 +18,6 @@ REQUIRED = {
     "transformers": "transformers",
     "peft": "peft",
     "lycoris": "lycoris-lora",
-    "torchao": "torchao",
     "bitsandbytes": "bitsandbytes",
     "prodigyopt": "prodigyopt",
     "lion_pytorch": "lion-pytorch",

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Native:
-    """LoraPort's own trainer: diffusers, peft, lycoris-lora, torchao."""
+    """LoraPort's own trainer: diffusers, peft, lycoris-lora, bitsandbytes."""
 
     name = "native"
     version = importlib.metadata.version("loraport")
-    description = "LoraPort's own trainer (diffusers, peft, lycoris-lora, torchao)"
+    description = "LoraPort's own trainer (diffusers, peft, lycoris-lora, bitsandbytes)"
 
     def readiness(self, python: Path | None = None) -> Readiness:
         from loraport_native.launch import readiness

@@ -17,7 +17,7 @@ CASES = {
     "nf4 fp8": ("nf4", "fp8"),
     "nf4 int8": ("nf4", "int8"),
 }
-# Only what is computed in 8 bits errs, as its format does: e4m3 rounds to 3 bits of mantissa, twice or thrice a product.
+# Only what is computed in 8 bits errs, as its format does: e4m3 rounds to 3 bits of mantissa, two or three times here.
 ALLOWED = {"scaled rows": 0.04, "nf4 fp8": 0.06, "nf4 int8": 0.02}
 
 

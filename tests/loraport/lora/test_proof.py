@@ -218,12 +218,6 @@ def test_a_lost_dora_part_is_caught():
     assert not prove(lora(replace(source, dora=None)), lora(source)).ok
 
 
-def test_a_dora_that_nobody_knows_the_norms_of_asks_for_the_base_model():
-    module = LoraModule("m", make("lora", np.random.default_rng(15)), 1.0, RowScale(np.ones(OUT), divisor="base"))
-    with pytest.raises(DataError, match=r"m: a DoRA .* base weights"):
-        prove(lora(module), lora(module))
-
-
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "factored"])
 def test_where_the_factors_are_the_same_bits_only_the_scales_are_compared(kind, monkeypatch):
     monkeypatch.setattr(proof_module, "exact", None)  # nothing may be multiplied

@@ -133,6 +133,7 @@ class Stream:
         self.tensors: list[list[Tensor]] = []
         self.size = 0  #: bytes of a block
         self.layout: list[tuple[int, Tensor]] = []  #: offset and an example of each of a block's tensors
+        self.nowhere: list[Tensor] = []  #: what a block's tensors are while it is not on the device: one number each
         self.held: dict[int, Slot] = {}
         self.spare: list[Slot] = []
         self.kept_bytes = 0  #: what stays on the device of each block between the passes, at least
@@ -148,7 +149,9 @@ class Stream:
             self.layout = [
                 (offset, tensor.detach().to("meta")) for offset, tensor in zip(offsets, tensors, strict=True)
             ]
-            self.spare = [Slot(size, self.device, self.layout)]
+            self.nowhere = [
+                torch.empty(1, dtype=tensor.dtype, device=self.device).expand(tensor.shape) for tensor in tensors
+            ]
         assert size == self.size, "blocks of one model are alike"
         flat = torch.zeros(size, dtype=torch.uint8, device=tensors[0].device)
         for tensor, offset in zip(tensors, offsets, strict=True):
@@ -156,7 +159,7 @@ class Stream:
             flat[offset : offset + content.numel()] = content
         self.source.put(number, flat)
         self.tensors.append(tensors)
-        self._bind(number, self.spare[0])  # for a place to be in until the block is fetched
+        self._bind(number, self.nowhere)
 
     def attach(self, model: Ideogram4, keeps_inputs: bool = True) -> None:
         """Have every block of the model fetched before it runs, forward and backward.
@@ -199,6 +202,7 @@ class Stream:
     def _release(self, needed: set[int], room: int) -> None:
         for number in [number for number in self.held if number not in needed]:
             self.spare.append(self.held.pop(number))
+            self._bind(number, self.nowhere)  # else its tensors would keep the slot's memory
         while self.spare and len(self.held) + len(self.spare) > room:
             slot = self.spare.pop()
             if self.fetching is not None:  # a copy into it that nobody waited for must not outlive it
@@ -207,7 +211,7 @@ class Stream:
     def _fetch(self, number: int) -> None:
         slot = self.spare.pop() if self.spare else Slot(self.size, self.device, self.layout)
         self.held[number] = slot
-        self._bind(number, slot)
+        self._bind(number, slot.views)
         if self.fetching is None:
             self.source.copy(number, slot.memory)
             return
@@ -217,8 +221,8 @@ class Stream:
             self.source.copy(number, slot.memory)
             slot.filled.record(self.fetching)
 
-    def _bind(self, number: int, slot: Slot) -> None:
-        for tensor, view in zip(self.tensors[number], slot.views, strict=True):
+    def _bind(self, number: int, views: list[Tensor]) -> None:
+        for tensor, view in zip(self.tensors[number], views, strict=True):
             tensor.data = view
 
 

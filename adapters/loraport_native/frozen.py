@@ -28,7 +28,11 @@ Product = Callable[
 
 def frozen_linear(x: Tensor, kind: str, stored: tuple[Tensor, ...]) -> Tensor:
     """x (…, in) · Wᵀ. The weight gets no gradient, and no wide copy of it outlives one product."""
-    return _Frozen.apply(x.flatten(0, -2), kind, *stored).unflatten(0, x.shape[:-1])
+    rows = x.flatten(0, -2)
+    # The compiler of torch 2.11 fails at a Function that autograd has no use for.
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    result = _Frozen.apply(rows, kind, *stored) if differentiated else PRODUCTS[kind][0](rows, *stored)
+    return result.unflatten(0, x.shape[:-1])
 
 
 def adapted_linear(x: Tensor, down: Tensor, up: Tensor, scale: float, kind: str, stored: tuple[Tensor, ...]) -> Tensor:
@@ -37,7 +41,12 @@ def adapted_linear(x: Tensor, down: Tensor, up: Tensor, scale: float, kind: str,
     The LoRA's part is added by the matrix product itself, to the result and to the gradient in place: as a tensor of
     its own it would cross the device's memory three more times, which costs more than computing it.
     """
-    return _Adapted.apply(x.flatten(0, -2), down, up, scale, kind, *stored).unflatten(0, x.shape[:-1])
+    rows = x.flatten(0, -2)
+    if torch.is_grad_enabled():
+        result = _Adapted.apply(rows, down, up, scale, kind, *stored)
+    else:
+        result, _ = _adapted(rows, down, up, scale, kind, stored)
+    return result.unflatten(0, x.shape[:-1])
 
 
 class _Frozen(torch.autograd.Function):
@@ -53,14 +62,22 @@ class _Frozen(torch.autograd.Function):
         return PRODUCTS[ctx.kind][1](gradient, *stored), None, *(None for _ in stored)
 
 
+def _adapted(
+    x: Tensor, down: Tensor, up: Tensor, scale: float, kind: str, stored: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """The result for x (M, in), and scale·x·downᵀ (M, rank)."""
+    result = PRODUCTS[kind][0](x, *stored)
+    inner = (x @ down.t()) * scale
+    add_product_(result, inner, up.t())
+    return result, inner
+
+
 class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx, x: Tensor, down: Tensor, up: Tensor, scale: float, kind: str, *stored: Tensor
     ) -> Tensor:
-        result = PRODUCTS[kind][0](x, *stored)
-        inner = (x @ down.t()) * scale
-        add_product_(result, inner, up.t())
+        result, inner = _adapted(x, down, up, scale, kind, stored)
         ctx.save_for_backward(x, inner, down, up, *stored)
         ctx.scale, ctx.kind = scale, kind
         return result

@@ -21,9 +21,7 @@ def make_optimizer(parameters: list[nn.Parameter], train: TrainSection) -> torch
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=parameters[0].device.type == "cuda", **options)
     if train.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **options)
+        return _adamw8bit()(parameters, **options)
     if train.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 
@@ -36,6 +34,29 @@ def make_optimizer(parameters: list[nn.Parameter], train: TrainSection) -> torch
     from lion_pytorch import Lion
 
     return Lion(parameters, **options)
+
+
+def _adamw8bit() -> type[torch.optim.Optimizer]:
+    """bitsandbytes' AdamW8bit, whose `step` (0.50.2) waits for the device after each of an adapter's hundreds of
+    tensors; this one queues them all."""
+    from bitsandbytes.optim import AdamW8bit
+
+    class QueuedAdamW8bit(AdamW8bit):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            if not self.initialized:
+                self.check_overrides()
+                self.to_gpu()  # the state that was loaded
+                self.initialized = True
+            for group_number, group in enumerate(self.param_groups):
+                for number, weight in enumerate(group["params"]):
+                    if weight.grad is None:
+                        continue
+                    if not self.state[weight]:
+                        self.init_state(group, weight, group_number, number)
+                    self.update_step(group, weight, group_number, number)
+
+    return QueuedAdamW8bit
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, train: TrainSection) -> LRScheduler:

@@ -282,15 +282,22 @@ class HostActivations:
         self.leaving.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.leaving):
             self.host[number].copy_(tensor, non_blocking=True)
-        tensor.record_stream(self.leaving)  # its memory may be used again only when it has left
         return number
+
+    def packed(self) -> None:
+        """From here on the device may use the memory of the packed input for other things.
+
+        `record_stream` would not do: the host queues far ahead of the device, and until the device has caught up the
+        allocator would take new memory for each block.
+        """
+        if self.leaving is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.leaving)
 
     def unpack(self, number: int) -> Tensor:
         """The input on the device; the one needed next begins to come back."""
         tensor, event = self.coming.pop(number) if number in self.coming else self._bring(number)
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
-            tensor.record_stream(torch.cuda.current_stream(self.device))
         self.kept.pop()
         if number:
             self.coming[number - 1] = self._bring(number - 1)
@@ -300,10 +307,12 @@ class HostActivations:
         if self.returning is None or self.leaving is None:
             return self.kept[number].clone(), None
         self.returning.wait_stream(self.leaving)
-        # Not earlier than the queue is now: else the device would hold inputs of blocks long before their turn.
+        kept = self.kept[number]
+        # Memory of the stream that uses and frees it; so the copy may start when the queue has come as far as now.
+        tensor = torch.empty(kept.shape, dtype=kept.dtype, device=self.device)
         self.returning.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.returning):
-            tensor = self.kept[number].to(self.device, non_blocking=True)
+            tensor.copy_(kept, non_blocking=True)
             event = torch.cuda.Event()
             event.record(self.returning)
         return tensor, event
@@ -334,9 +343,10 @@ class _Recomputed(torch.autograd.Function):
     ) -> Tensor:
         ctx.store, ctx.block, ctx.inputs = store, block, inputs
         ctx.random = _random_state(hidden.device)
+        ctx.number = store.pack(hidden)  # it leaves while the block computes
         with torch.no_grad():
             result: Tensor = block(hidden, *inputs)
-        ctx.number = store.pack(hidden)
+        store.packed()
         return result
 
     @staticmethod

@@ -123,6 +123,8 @@ def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None], 
     group = group or ALONE
     device = choose_device(spec, group.rank)
     check_device(spec, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events, streams and counters of torch.cuda mean the current one
     limit_memory(spec, device)
     make_deterministic(spec)
     dtype = DTYPES[spec.model.dtype]

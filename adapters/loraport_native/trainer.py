@@ -151,11 +151,6 @@ class Trainer:
             losses[part] = loss.detach()
         self.group.sum_gradients(self.masters.weights, losses)
         norm = torch.nn.utils.clip_grad_norm_(self.masters.weights, train.max_grad_norm or math.inf)
-        value, norm_value = losses.sum().item(), norm.item()
-        if not (math.isfinite(value) and math.isfinite(norm_value)):
-            suspects = [batch for loss, batch in zip(losses, batches, strict=True) if not loss.isfinite()]
-            bad, every = ([sample for batch in some for sample in batch] for some in (suspects, batches))
-            raise self._diverged("loss" if bad else "gradient", self.step + 1, bad or every)
         rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
@@ -163,6 +158,12 @@ class Trainer:
         self.masters.publish()
         if self.ema:
             self.ema.update(self.masters)
+        # Read when the whole step is queued, or the device would wait while the host queues the optimizer's part.
+        value, norm_value = losses.sum().item(), norm.item()
+        if not (math.isfinite(value) and math.isfinite(norm_value)):
+            suspects = [batch for loss, batch in zip(losses, batches, strict=True) if not loss.isfinite()]
+            bad, every = ([sample for batch in some for sample in batch] for some in (suspects, batches))
+            raise self._diverged("loss" if bad else "gradient", self.step + 1, bad or every)
         self.step += 1
         seconds = time.perf_counter() - started
         self.emit(
@@ -203,7 +204,8 @@ class Trainer:
         )
         keys = [self.data.empty_text if drop else sample.text for sample, drop in zip(batch, dropped, strict=True)]
         latents = [self.data.latents(sample) for sample in batch]
-        noise = torch.randn((len(batch), *latents[0].shape), generator=generator)
+        shape, pinned = (len(batch), *latents[0].shape), self.device.type == "cuda"
+        noise = torch.randn(shape, generator=generator, pin_memory=pinned)  # else the copy waits for the device
         return self._on_device(latents, noise, sigma, keys, (height // 16, width // 16))
 
     def _on_device(
@@ -219,7 +221,7 @@ class Trainer:
         """Weighted mean loss of a batch; its dropout is drawn from (seed, index) too."""
         draw = self._ahead.pop(index) if index in self._ahead else self._draw(batch, index)
         torch.manual_seed(derived_seed(self.spec.train.seed, "dropout", index))
-        weights = torch.tensor([sample.weight for sample in batch], device=self.device)
+        weights = torch.tensor([sample.weight for sample in batch]).to(self.device, non_blocking=True)
         return (self._losses(draw) * weights).mean()
 
     def _losses(self, draw: Draw) -> Tensor:

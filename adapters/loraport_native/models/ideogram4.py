@@ -242,7 +242,7 @@ class Ideogram4(Ideogram4Transformer2DModel):
             assert len(text_lengths) == batch
             assert all(0 <= n <= length for n in text_lengths)
         starts = [length - n for n in text_lengths] if text_lengths is not None and min(text_lengths) < length else None
-        padding = torch.tensor(starts or [0], device=latents.device).unsqueeze(1)
+        padding = torch.tensor(starts or [0]).unsqueeze(1).to(latents.device, non_blocking=True)
 
         # Without padding all samples share one row of positions, and the rotation broadcasts over the batch.
         index = torch.arange(length, device=latents.device) - padding

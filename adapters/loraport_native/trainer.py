@@ -151,6 +151,11 @@ class Trainer:
             losses[part] = loss.detach()
         self.group.sum_gradients(self.masters.weights, losses)
         norm = torch.nn.utils.clip_grad_norm_(self.masters.weights, train.max_grad_norm or math.inf)
+        value, norm_value = losses.sum().item(), norm.item()
+        if not (math.isfinite(value) and math.isfinite(norm_value)):
+            suspects = [batch for loss, batch in zip(losses, batches, strict=True) if not loss.isfinite()]
+            bad, every = ([sample for batch in some for sample in batch] for some in (suspects, batches))
+            raise self._diverged("loss" if bad else "gradient", self.step + 1, bad or every)
         rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
@@ -158,12 +163,6 @@ class Trainer:
         self.masters.publish()
         if self.ema:
             self.ema.update(self.masters)
-        # Read when the whole step is queued, or the device would wait while the host queues the optimizer's part.
-        value, norm_value = losses.sum().item(), norm.item()
-        if not (math.isfinite(value) and math.isfinite(norm_value)):
-            suspects = [batch for loss, batch in zip(losses, batches, strict=True) if not loss.isfinite()]
-            bad, every = ([sample for batch in some for sample in batch] for some in (suspects, batches))
-            raise self._diverged("loss" if bad else "gradient", self.step + 1, bad or every)
         self.step += 1
         seconds = time.perf_counter() - started
         self.emit(

@@ -39,7 +39,7 @@ def adapted_linear(x: Tensor, down: Tensor, up: Tensor, scale: float, kind: str,
     """x·Wᵀ + scale·(x·downᵀ)·upᵀ for a LoRA of factors down (rank, in) and up (out, rank).
 
     The LoRA's part is added by the matrix product itself, to the result and to the gradient in place: as a tensor of
-    its own it would cross the device's memory three more times, which costs more than computing it.
+    its own it would cross the device's memory three more times.
     """
     rows = x.flatten(0, -2)
     if torch.is_grad_enabled():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loraport_native.models.ideogram4 import Ideogram4
 
 SLOTS = 2  #: one block computes while the next is copied
-MORE_UPWARDS = 2  #: slots for which the forward pass has room besides; its working memory is less than half as large
+MORE_UPWARDS = 2  #: slots for which the forward pass has room besides, since it holds no gradients
 _ALIGNMENT = 256  # bytes; tensor cores want 16, and 256 keeps every copy on whole cache lines
 
 

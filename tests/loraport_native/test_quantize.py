@@ -97,7 +97,7 @@ def test_gradients_flow_as_before_after_the_model_was_evaluated(make_spec, make_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["none", "fp8"])
+@pytest.mark.parametrize("method", ["none", "fp8", "nf4"])
 def test_compiled_blocks_train_like_plain_ones(make_spec, make_trainer, tmp_path, method: str) -> None:
     losses = {}
     for mode in ("none", "regional"):

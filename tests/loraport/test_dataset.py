@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loraport.dataset import MAX_PIXELS, Item, find_images, load_image, scan
+from loraport.dataset import Item, find_images, load_image, scan
 from loraport.errors import DataError
+from loraport.images import MAX_PIXELS
 
 
 def make_image(path: Path, size: tuple[int, int] = (32, 24), **save: object) -> Path:
@@ -218,7 +219,7 @@ def test_the_pixel_limit_holds_when_pillows_own_is_switched_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    monkeypatch.setattr("loraport.dataset.MAX_PIXELS", 100)
+    monkeypatch.setattr("loraport.images.MAX_PIXELS", 100)
     make_item(tmp_path, "a.png")
     assert "768 pixels; at most 100" in message(tmp_path)
     assert MAX_PIXELS > 100

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loraport.families import Family
     from loraport.listeners import ListenerFactory
     from loraport.lora.dialect import Dialect
-    from loraport.profiles import Profile
+    from loraport.profiles import Measurement, Profile
 
 hookspec = pluggy.HookspecMarker("loraport")
 hookimpl = pluggy.HookimplMarker("loraport")
@@ -35,6 +35,11 @@ def register_profiles(register: Callable[[Profile], None]) -> None:
 
 
 @hookspec
+def register_measurements(register: Callable[[Measurement], None]) -> None:
+    """Add measured trainings, from which the time of a run is told: call `register` with each measurement."""
+
+
+@hookspec
 def register_dialects(register: Callable[[Dialect], None]) -> None:
     """Add ways of writing LoRA files: call `register` with each dialect object."""
 
@@ -42,6 +47,11 @@ def register_dialects(register: Callable[[Dialect], None]) -> None:
 @hookspec
 def register_families(register: Callable[[Family], None]) -> None:
     """Add model families: call `register` with each family."""
+
+
+@hookspec
+def register_rules(register: Callable[[type[Rule]], None]) -> None:
+    """Add rules that datasets are checked by: call `register` with each rule class."""
 
 
 @hookspec

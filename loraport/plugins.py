@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loraport.families import Family
     from loraport.listeners import ListenerFactory
     from loraport.lora.dialect import Dialect
-    from loraport.profiles import Profile
+    from loraport.profiles import Measurement, Profile
 
 GROUP = "loraport"
 
@@ -69,11 +69,22 @@ class Plugins:
         found = self._named("register_profiles", key=lambda profile: (profile.kind, profile.name))
         return found | user_profiles(home() / "profiles", found)
 
+    def measurements(self) -> list[Measurement]:
+        found: list[Measurement] = []
+        self._call("register_measurements", register=found.append)
+        return found
+
     def dialects(self) -> dict[str, Dialect]:
         return self._named("register_dialects")
 
     def families(self) -> dict[str, Family]:
         return self._named("register_families")
+
+    def rules(self) -> dict[str, type[Rule]]:
+        """The rules for datasets by id, of every family."""
+        from loraport.rules import check_rule
+
+        return self._named("register_rules", key=lambda rule: (check_rule(rule), rule.id)[1])
 
     def listeners(self) -> list[ListenerFactory]:
         found: list[ListenerFactory] = []

@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 
 ProfileKind = Literal["hardware", "quantize", "offload", "compile"]
 
+#: The fields of `memory` that the time and the memory of a training step depend on.
+STEP_FIELDS = ("storage", "compute", "offload", "compile", "gradient_checkpointing")
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """A training of the native backend at full size that was run on a card. Memory in GiB, of torch's allocator."""
+    """A training at a family's full size that was run on a card. Memory in GiB, of torch's allocator."""
 
+    family: str
+    backend: str
     card: str
     date: str
     resolution: int
@@ -28,7 +33,7 @@ class Measurement:
     batch_size: int
     optimizer: str
     gpus: int
-    memory: dict[str, str]  #: storage, compute, offload, compile, gradient_checkpointing
+    memory: dict[str, str]  #: each of `STEP_FIELDS`
     step_s: float  #: median seconds a step
     peak_allocated_gib: float
     peak_reserved_gib: float

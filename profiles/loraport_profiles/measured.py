@@ -14,11 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from loraport.ideogram4 import RELEASED
-from loraport.profiles import DEFAULTS, Measurement, Profile
-
-#: The fields of `memory` that a training step depends on.
-FIELDS = ("storage", "compute", "offload", "compile", "gradient_checkpointing")
+from loraport.ideogram4 import IDEOGRAM4, RELEASED
+from loraport.profiles import DEFAULTS, STEP_FIELDS, Measurement, Profile
 
 
 def measurements() -> list[Measurement]:
@@ -32,7 +29,7 @@ def settings(sets: Mapping[str, Any], profiles: Mapping[tuple[str, str], Profile
     whole = {**DEFAULTS, **sets}
     if "quantize" in sets:
         whole |= profiles["quantize", sets["quantize"]].sets
-    return {name: whole[name] for name in FIELDS}
+    return {name: whole[name] for name in STEP_FIELDS}
 
 
 def native_rows(file: Path) -> list[dict[str, Any]]:
@@ -51,6 +48,8 @@ def measurement(row: Mapping[str, Any], source: str, profiles: Mapping[tuple[str
     """A native row in the shape that all share: those of `loraport bench step` keep what was run under `settings`."""
     told = row.get("settings", row)
     return Measurement(
+        family=IDEOGRAM4.name,
+        backend="native",
         card=row["card"],
         date=row["date"][:10],
         resolution=told["resolution"],

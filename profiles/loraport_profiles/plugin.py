@@ -1,4 +1,4 @@
-"""Registers the built-in profiles."""
+"""Registers the built-in profiles and what was measured of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from loraport.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from loraport.profiles import Profile
+    from loraport.profiles import Measurement, Profile
 
 
 @hookimpl
@@ -27,3 +27,11 @@ def register_profiles(register: Callable[[Profile], None]) -> None:
             memory = settings(profile.sets, found)
             profile = replace(profile, measured=tuple(row for row in rows if row.memory == memory))
         register(profile)
+
+
+@hookimpl
+def register_measurements(register: Callable[[Measurement], None]) -> None:
+    from loraport_profiles.measured import measurements
+
+    for row in measurements():
+        register(row)

@@ -172,7 +172,8 @@ def test_every_documented_example_registers_without_a_failure(name: str, install
     assert example
     found = install(example=example.group(1))
     found.add_commands(typer.Typer())
-    registered = [found.backends(), found.profiles(), found.dialects(), found.families(), found.listeners()]
+    registered = [found.backends(), found.profiles(), found.measurements(), found.dialects(), found.families()]
+    registered += [found.listeners()]
     assert found.failures() == {}
     assert name == "register_commands" or sum(map(len, registered)) >= 1
 

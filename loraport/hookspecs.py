@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loraport.listeners import ListenerFactory
     from loraport.lora.dialect import Dialect
     from loraport.profiles import Measurement, Profile
+    from loraport.rules import Rule
 
 hookspec = pluggy.HookspecMarker("loraport")
 hookimpl = pluggy.HookimplMarker("loraport")

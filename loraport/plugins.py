@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loraport.listeners import ListenerFactory
     from loraport.lora.dialect import Dialect
     from loraport.profiles import Measurement, Profile
+    from loraport.rules import Rule
 
 GROUP = "loraport"
 
@@ -82,9 +83,9 @@ class Plugins:
 
     def rules(self) -> dict[str, type[Rule]]:
         """The rules for datasets by id, of every family."""
-        from loraport.rules import check_rule
+        from loraport.rules import rule_id
 
-        return self._named("register_rules", key=lambda rule: (check_rule(rule), rule.id)[1])
+        return self._named("register_rules", key=rule_id)
 
     def listeners(self) -> list[ListenerFactory]:
         found: list[ListenerFactory] = []

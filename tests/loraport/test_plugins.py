@@ -173,7 +173,7 @@ def test_every_documented_example_registers_without_a_failure(name: str, install
     found = install(example=example.group(1))
     found.add_commands(typer.Typer())
     registered = [found.backends(), found.profiles(), found.measurements(), found.dialects(), found.families()]
-    registered += [found.listeners()]
+    registered += [found.rules(), found.listeners()]
     assert found.failures() == {}
     assert name == "register_commands" or sum(map(len, registered)) >= 1
 

@@ -26,7 +26,8 @@ class Backend(Protocol):
     Nothing here imports the trainer: translation and reading are plain functions of text and files, so `loraport plan`
     works for a backend that is not installed.
 
-    A backend may also have `environment` (`loraport.envs.Recipe`) and `predict_memory` (`loraport.footprint.Predict`).
+    A backend may also have `environment` (`loraport.envs.Recipe`), `predict_memory` (`loraport.footprint.Predict`) and
+    `predict_disk` (`loraport.disk.PredictDisk`).
     """
 
     name: str  #: what --backend takes

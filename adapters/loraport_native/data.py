@@ -22,6 +22,7 @@ from loraport.run.events import Event, PhaseStarted, Progress, Warn
 from loraport.spec.models import TrainSpec
 from loraport_native import features
 from loraport_native.cache import Store, cache_folder, key
+from loraport_native.disk import cache_bytes
 from loraport_native.distributed import ALONE, Group
 from loraport_native.features import LATENTS, TEXT, Emit, Picture
 from loraport_native.models.checkpoint import Checkpoint, load_tokenizer
@@ -272,7 +273,7 @@ def _expected_bytes(pictures: Iterable[Picture], tokens: int, checkpoint: Checkp
     channels = Weights(checkpoint.transformer).shape("input_proj.weight")[1]
     hidden, _ = features.text_widths(checkpoint)
     image_tokens = sum(picture.bucket[0] * picture.bucket[1] // PIXELS**2 for picture in pictures)
-    return image_tokens * channels * torch.float32.itemsize + tokens * hidden * dtype.itemsize
+    return cache_bytes(image_tokens, channels, tokens, hidden, dtype.itemsize)
 
 
 def _listed(head: str, lines: list[str]) -> str:

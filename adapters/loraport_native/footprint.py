@@ -56,7 +56,7 @@ def predict(spec: TrainSpec, family: Family, room_gib: float | None = None) -> F
     headers of a local checkpoint and the sizes of caption files.
     """
     options = spec.backend.options
-    dimensions = _dimensions(spec, family)
+    dimensions = dimensions_of(spec, family)
     if dimensions is None or str(options.get("device", "auto")).partition(":")[0] not in ("auto", "cuda"):
         return None
     if room_gib is not None and isinstance(limit := options.get("memory_limit_gib"), int | float):
@@ -79,7 +79,8 @@ def longest_caption(spec: TrainSpec) -> int:
     return min(tokens, spec.dataset.max_text_tokens)
 
 
-def _dimensions(spec: TrainSpec, family: Family) -> Dimensions | None:
+def dimensions_of(spec: TrainSpec, family: Family) -> Dimensions | None:
+    """The dimensions of the spec's checkpoint, read from a local one's headers; None when they are not known."""
     if spec.model.checkpoint == "tiny":
         return None
     folder = Path(spec.model.checkpoint)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import typer
 
     from loraport.backend import Backend, Readiness
+    from loraport.disk import Contents, Disk
     from loraport.footprint import Footprint
     from loraport.listeners import Listener, ListenerFactory
     from loraport.lora.dialect import Dialect
@@ -43,6 +44,12 @@ class Native:
         from loraport_native.footprint import predict
 
         return predict(spec, plugins().families()[spec.model.family], room_gib)
+
+    def predict_disk(self, spec: TrainSpec, contents: Contents) -> Disk | None:
+        from loraport.plugins import plugins
+        from loraport_native.disk import predict
+
+        return predict(spec, plugins().families()[spec.model.family], contents)
 
     def read_line(self, line: str) -> Iterable[Event] | None:
         from loraport_native.progress import read_line

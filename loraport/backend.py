@@ -26,8 +26,9 @@ class Backend(Protocol):
     Nothing here imports the trainer: translation and reading are plain functions of text and files, so `loraport plan`
     works for a backend that is not installed.
 
-    A backend may also have `environment` (`loraport.envs.Recipe`), `predict_memory` (`loraport.footprint.Predict`) and
-    `predict_disk` (`loraport.disk.PredictDisk`).
+    A backend may also have `environment` (`loraport.envs.Recipe`), `predict_memory` (`loraport.footprint.Predict`),
+    `predict_disk` (`loraport.disk.PredictDisk`) and `token_counter`: (checkpoint, revision) → a function that counts a
+    caption's tokens, or None when the checkpoint's tokenizer is not on this machine.
     """
 
     name: str  #: what --backend takes

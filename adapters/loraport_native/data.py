@@ -27,7 +27,7 @@ from loraport_native.distributed import ALONE, Group
 from loraport_native.features import LATENTS, TEXT, Emit, Picture
 from loraport_native.models.checkpoint import Checkpoint, load_tokenizer
 from loraport_native.models.latents import PIXELS
-from loraport_native.models.text import tokenize
+from loraport_native.models.tokens import tokenize
 from loraport_native.models.weights import Weights
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from loraport.errors import DataError, LoraPortError
 from loraport.run.errors_line import encode_error
 from loraport_native.models.checkpoint import find_checkpoint, load_tokenizer
-from loraport_native.models.text import tokenize
+from loraport_native.models.tokens import tokenize
 
 
 def main() -> int:

@@ -51,6 +51,11 @@ class Native:
 
         return predict(spec, plugins().families()[spec.model.family], contents)
 
+    def token_counter(self, checkpoint: str, revision: str | None = None) -> Callable[[str], int] | None:
+        from loraport_native.models.tokens import token_counter
+
+        return token_counter(checkpoint, revision)
+
     def read_line(self, line: str) -> Iterable[Event] | None:
         from loraport_native.progress import read_line
 

@@ -104,7 +104,7 @@ def test_the_held_out_loss_is_measured_at_each_seed_on_several_cards_at_once(pro
 def test_captions_get_exactly_the_length_asked_for(project: Path) -> None:
     from loraport_native.lengthen import lengthen
     from loraport_native.models.checkpoint import find_checkpoint, load_tokenizer
-    from loraport_native.models.text import tokenize
+    from loraport_native.models.tokens import tokenize
 
     tokenizer = load_tokenizer(find_checkpoint(str(project / "tiny")))
     for text in ("a cat", "a dog runs over a field " * 40, "Ünï 龍 #FF00AA"):

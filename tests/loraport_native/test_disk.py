@@ -14,7 +14,7 @@ from loraport.disk import Contents
 from loraport.ideogram4 import IDEOGRAM4
 from loraport_native.disk import predict
 from loraport_native.models.checkpoint import find_checkpoint, load_tokenizer
-from loraport_native.models.text import tokenize
+from loraport_native.models.tokens import tokenize
 
 NOTHING = Contents(pixels=0, caption_tokens=0)
 #: Headers of the files, and names of the tensors, are not predicted.

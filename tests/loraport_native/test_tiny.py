@@ -24,7 +24,8 @@ from loraport_native.models.checkpoint import (
 )
 from loraport_native.models.ideogram4 import Ideogram4
 from loraport_native.models.latents import encode_image
-from loraport_native.models.text import LAYERS, TAPS, encode, tokenize
+from loraport_native.models.text import LAYERS, TAPS, encode
+from loraport_native.models.tokens import tokenize
 from loraport_native.sizes import FULL, TINY, Size
 from loraport_native.tiny import write_checkpoint, write_tiny
 

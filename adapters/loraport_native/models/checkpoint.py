@@ -15,13 +15,14 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLModel
+from transformers import PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLModel
 
 from loraport.errors import DataError
 from loraport_native.models.hub import download
 from loraport_native.models.ideogram4 import Ideogram4
 from loraport_native.models.layout import split_names
 from loraport_native.models.text import LAYERS, TAPS, TextEncoder
+from loraport_native.models.tokens import read_tokenizer
 from loraport_native.models.weights import Weights, check, fill, itself, read_header
 
 Layout = Literal["diffusers", "official"]
@@ -158,16 +159,7 @@ def load_text_encoder(
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """Load the tokenizer with its chat template. Raises DataError when it cannot be read."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.tokenizer), local_files_only=True)
-    except Exception as error:  # transformers raises whatever its many readers raise
-        raise DataError(f"{checkpoint.tokenizer}: the tokenizer cannot be read: {error}") from error
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{checkpoint.tokenizer} has no chat template, and captions are encoded as a chat message.",
-            hint="tokenizer_config.json or chat_template.jinja of the original checkpoint holds it.",
-        )
-    return tokenizer
+    return read_tokenizer(checkpoint.tokenizer)
 
 
 def load_vae(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLFlux2:

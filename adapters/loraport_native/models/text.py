@@ -5,37 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from loraport.errors import DataError
+from loraport_native.models.tokens import tokenize
 from loraport_native.models.weights import Weights, pour
 from loraport_native.quantize import quantize_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LAYERS = 36
 TAPS = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 35)  # `QWEN3_VL_ACTIVATION_LAYERS` of the pipeline
 #: Tokens that pass the blocks together. Their features wait in host memory: 104 kB a token at full size, in bf16.
 PASS_TOKENS = 16384
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, caption: str, max_tokens: int) -> list[int]:
-    """Turn a caption into the token ids of one chat message from the user, as the pipeline does.
-
-    Raises DataError when there are more than `max_tokens`.
-    """
-    messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": caption}]}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) > max_tokens:
-        start = caption if len(caption) <= 60 else caption[:60] + "…"
-        raise DataError(
-            f"A caption has {len(ids)} tokens, the limit is {max_tokens}: {start}",
-            hint="Shorten it or raise `dataset.max_text_tokens`.",
-        )
-    return ids
 
 
 class TextEncoder:

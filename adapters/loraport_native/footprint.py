@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraport.errors import DataError
-from loraport.families import matches
+from loraport.families import BYTES_PER_TOKEN, matches
 from loraport.footprint import Footprint, Phase
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ GIB = 2**30
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  #: of a number in model.dtype
 SLOTS = 2  #: blocks on the device when they are streamed (`stream.SLOTS`)
 ASSUMED_TEXT_TOKENS = 512  #: of a caption, where no caption files tell
-BYTES_PER_TOKEN = 3  #: of a caption in UTF-8; Qwen's tokenizer takes 3 to 4 of English and of JSON
 MARGIN = 0.04  #: share of the room that checkpointing: auto leaves (`recompute._MARGIN`)
 LIBRARIES_GIB = 0.03  #: cuBLAS's workspace of 8 × 4 MiB, which the plan's environment asks for
 #: Bytes of optimizer state for each trained number: two float32 moments; two 8-bit ones with a float32 scale for 256;

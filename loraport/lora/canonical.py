@@ -107,27 +107,85 @@ class LowRank(Factors):
 
 
 @dataclass(frozen=True, eq=False)
+class Tucker(Factors):
+    """A convolution's LoRA with a core: Σ_ij mid[i, j] up[:, i] down[j]. `up` is (out, r), `down` (q, in), both
+    perhaps with a kernel of 1, and `mid` (r, q, kh, kw), the kernel being the core's. LyCORIS and older sd-scripts
+    write it."""
+
+    kind: ClassVar[str] = "tucker"
+    down: Array
+    mid: Array
+    up: Array
+
+    def problem(self) -> str | None:
+        for name, array in (("up", self.up), ("down", self.down)):
+            if array.ndim < 2 or math.prod(array.shape[2:]) != 1:
+                return f"{name} {array.shape} has a kernel beside that of the core"
+        if self.mid.ndim < 3 or self.mid.shape[:2] != (self.up.shape[1], self.down.shape[0]):
+            return f"the core {self.mid.shape} does not fit up {self.up.shape} and down {self.down.shape}"
+        return None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1] * math.prod(self.mid.shape[2:])
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[0])
+
+    def inner(self) -> Float64:
+        """The core and `down` as one factor (r, in·kh·kw), in fp64."""
+        core = self.mid.astype(np.float64).reshape(*self.mid.shape[:2], -1)
+        joined = np.einsum("ijk,jc->ick", core, exact(self.down))
+        return joined.reshape(len(core), -1)
+
+    def product(self) -> Rows:
+        up, inner = exact(self.up), self.inner()
+        return lambda start, stop: up[start:stop] @ inner
+
+
+@dataclass(frozen=True, eq=False)
 class LoHa(Factors):
-    """LoHa: (w1_a @ w1_b) ∘ (w2_a @ w2_b), with *_a (out, r) and *_b (r, columns)."""
+    """LoHa: (w1_a @ w1_b) ∘ (w2_a @ w2_b), with *_a (out, r) and *_b (r, columns).
+
+    A Tucker convolution has the cores t1 and t2 (r, r, kh, kw) besides; then *_a are (r, out), *_b (r, in), and each
+    side is Σ_ij t[i, j] a[i]ᵀ b[j], as LyCORIS has it.
+    """
 
     kind: ClassVar[str] = "loha"
     w1_a: Array
     w1_b: Array
     w2_a: Array
     w2_b: Array
+    t1: Array | None = None
+    t2: Array | None = None
 
     def problem(self) -> str | None:
         for name, array in self.arrays().items():
-            if array.ndim != 2:
-                return f"{name} must have two axes, not {array.shape}"
+            if array.ndim != (4 if name.startswith("t") else 2):
+                return f"{name} must have {'four' if name.startswith('t') else 'two'} axes, not {array.shape}"
+        if (self.t1 is None) != (self.t2 is None):
+            return "t1 and t2 come together, and one is missing"
+        if self.t1 is not None and self.t2 is not None:
+            return self._tucker_problem(self.t1, self.t2)
         if self.w1_a.shape[1] != self.w1_b.shape[0] or self.w2_a.shape[1] != self.w2_b.shape[0]:
             return "w1_a, w1_b or w2_a, w2_b disagree on the rank"
         if (self.w1_a.shape[0], self.w1_b.shape[1]) != (self.w2_a.shape[0], self.w2_b.shape[1]):
             return "the two products have different shapes"
         return None
 
+    def _tucker_problem(self, t1: Array, t2: Array) -> str | None:
+        for name, core, a, b in (("t1", t1, self.w1_a, self.w1_b), ("t2", t2, self.w2_a, self.w2_b)):
+            if core.shape[:2] != (a.shape[0], b.shape[0]):
+                return f"{name} {core.shape} does not fit {a.shape} and {b.shape}"
+        one, other = ((a.shape[1], b.shape[1]) for a, b in ((self.w1_a, self.w1_b), (self.w2_a, self.w2_b)))
+        same = one == other and t1.shape[2:] == t2.shape[2:]
+        return None if same else "the two products have different shapes"
+
     @property
     def shape(self) -> tuple[int, int]:
+        if self.t1 is not None:
+            return self.w1_a.shape[1], self.w1_b.shape[1] * math.prod(self.t1.shape[2:])
         return self.w1_a.shape[0], self.w1_b.shape[1]
 
     @property
@@ -135,6 +193,9 @@ class LoHa(Factors):
         return int(self.w1_b.shape[0])
 
     def product(self) -> Rows:
+        if self.t1 is not None and self.t2 is not None:
+            product = _tucker(self.t1, self.w1_a, self.w1_b) * _tucker(self.t2, self.w2_a, self.w2_b)
+            return lambda start, stop: product[start:stop]
         w1_a, w1_b, w2_a, w2_b = map(exact, (self.w1_a, self.w1_b, self.w2_a, self.w2_b))
         return lambda start, stop: (w1_a[start:stop] @ w1_b) * (w2_a[start:stop] @ w2_b)
 
@@ -213,8 +274,7 @@ class LoKr(Factors):
         assert b is not None
         if core is None:
             return exact(a) @ exact(b)
-        side = np.einsum("ijkl,ic,jd->cdkl", core.astype(np.float64), exact(a), exact(b))
-        return side.reshape(side.shape[0], -1)
+        return _tucker(core, a, b)
 
     def _grid(self) -> tuple[tuple[int, int], tuple[int, int]]:
         if self.w1 is not None:
@@ -232,6 +292,32 @@ class LoKr(Factors):
         return first, (self.w2_a.shape[0], self.w2_b.shape[1])
 
 
+def _tucker(core: Array, a: Array, b: Array) -> Float64:
+    """Σ_ij core[i, j] a[i]ᵀ b[j] as a matrix (rows, columns·kh·kw), in fp64."""
+    side = np.einsum("ijkl,ic,jd->cdkl", core.astype(np.float64), exact(a), exact(b), optimize=True)
+    return side.reshape(side.shape[0], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnScale:
+    """The other kind of DoRA: each input of W + ΔW, with its whole kernel, is multiplied by `trained / ‖its column of
+    W + ΔW‖`.
+
+    `trained` is (in,), `axes` the number of axes of the weight. LyCORIS writes it with `wd_on_output=False`, and
+    ComfyUI applies it by the same rule (its norm is that of the changed weight there), so the base weights are not
+    needed to keep it.
+    """
+
+    trained: Array
+    axes: int = 2
+
+    def problem(self, columns: int) -> str | None:
+        """Why this does not fit a module with `columns`, or None."""
+        if self.trained.ndim != 1 or not self.trained.size or columns % self.trained.size:
+            return f"the DoRA by column has {self.trained.shape} numbers for {columns} columns"
+        return None if np.isfinite(self.trained).all() else "the DoRA by column holds NaN or infinity"
+
+
 @dataclass(frozen=True, eq=False)
 class RowScale:
     """The DoRA part of a module: each output row of W + ΔW is multiplied by `trained / norm` (arXiv
@@ -240,13 +326,14 @@ class RowScale:
     `divisor` says which norm: that of the changed rows, ‖W + s·BA‖ ("merged", as DoRA and PEFT define it),
     or that of the rows of W ("base", as ComfyUI computes it). All three arrays are (out,). The norms are
     facts of the base model: a file does not hold them, so they are None until somebody who has the weights
-    fills them in.
+    fills them in. `axes` is the number of axes of the weight, which files repeat in the shape of the scale.
     """
 
     trained: Array
     base_norm: Array | None = None
     merged_norm: Array | None = None
     divisor: Literal["merged", "base"] = "merged"
+    axes: int = 2
 
     def gain(self, base_norm: Array | None = None) -> Float64:
         """The factor (out,) on each row, in fp64; `base_norm` stands in where this part has none of its own.
@@ -290,12 +377,12 @@ class LoraModule:
     name: str
     factors: Factors
     scale: float
-    dora: RowScale | None = None
+    dora: RowScale | ColumnScale | None = None
 
     def __post_init__(self) -> None:
         problem = self.factors.problem() or self._not_finite()
         if problem is None and self.dora is not None:
-            problem = self.dora.problem(self.factors.shape[0])
+            problem = self.dora.problem(self.factors.shape[isinstance(self.dora, ColumnScale)])
         if problem is not None:
             raise DataError(
                 f"LoRA module {self.name}: {problem}.",

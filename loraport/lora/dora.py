@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from loraport.errors import DataError
-from loraport.lora.canonical import Array, LoraModule, exact
+from loraport.lora.canonical import Array, LoraModule, RowScale, exact
 
 _BLOCK_NUMBERS = 4_000_000
 
@@ -16,9 +16,10 @@ def with_norms(module: LoraModule, weight: Array) -> LoraModule:
     """The module with the row norms ‖W‖ and ‖W + ΔW‖ of its base weight, (out, in[, kh, kw]), in its DoRA
     part.
 
-    A module without a DoRA part comes back as it is. Raises DataError when the weight has another shape.
+    A module without a DoRA part, or with one by column, comes back as it is. Raises DataError when the weight has
+    another shape.
     """
-    if module.dora is None:
+    if not isinstance(module.dora, RowScale):
         return module
     out, columns = module.factors.shape
     if weight.shape[0] != out or weight.size != out * columns:

@@ -24,6 +24,7 @@ from loraport.errors import DataError
 from loraport.lora.canonical import (
     BLOCK,
     Array,
+    ColumnScale,
     Factors,
     Float64,
     LoHa,
@@ -46,7 +47,7 @@ _CANCELLED = 1e-3
 _CLOSE = 0.1  # the largest relative difference of factors that counts as rounding
 _BLOCK_NUMBERS = 4_000_000
 
-_PLAIN = ("lora", "loha", "lokr", "full")
+_PLAIN = ("lora", "tucker", "loha", "lokr", "full", "verbatim")
 
 Term = tuple[Float64, Factors]  # coefficients of the rows (out,), and the product they multiply
 
@@ -173,6 +174,10 @@ def _compare(a: LoraModule, b: LoraModule, both_rounded: bool) -> ModuleProof:
         return ModuleProof(a.name, b.factors.kind, norm, _relative(apart, norm), tolerance, zero=norm == 0)
     norm = _norm([_term(a, 1.0)])
     if a.factors.shape != b.factors.shape:
+    if "verbatim" in (a.factors.kind, b.factors.kind):
+        return ModuleProof(a.name, b.factors.kind, None, math.inf, tolerance, zero=False)
+    if isinstance(a.dora, ColumnScale) or isinstance(b.dora, ColumnScale):
+        return _compare_columns(a, b, tolerance)
         return ModuleProof(a.name, b.factors.kind, norm, math.inf, tolerance, zero=norm == 0)
     difference = _relative(_norm([_term(a, 1.0), _term(b, -1.0)]), norm)
     if a.dora is not None or b.dora is not None:
@@ -189,6 +194,25 @@ def _bits(array: Array) -> NDArray[np.uint8]:
 
 
 def _same_numbers(a: Factors, b: Factors) -> bool:
+def _compare_columns(a: LoraModule, b: LoraModule, tolerance: float) -> ModuleProof:
+    """Two changes that are scaled by column, by the same rule whatever the base weights are: both parts must agree."""
+    norm = _norm([_term(a, 1.0)])
+    difference = math.inf
+    one, other = a.dora, b.dora
+    if (
+        isinstance(one, ColumnScale)
+        and isinstance(other, ColumnScale)
+        and one.trained.shape == other.trained.shape
+        and a.factors.shape == b.factors.shape
+    ):
+        trained = one.trained.astype(np.float64)
+        apart = _relative(
+            float(np.linalg.norm(trained - other.trained.astype(np.float64))), float(np.linalg.norm(trained))
+        )
+        difference = max(apart, _relative(_norm([_term(a, 1.0), _term(b, -1.0)]), norm))
+    return ModuleProof(a.name, b.factors.kind, norm, difference, tolerance, zero=False)
+
+
     """Whether two modules store the same factors, bit for bit, of a kind whose arrays are all there is to it."""
     if type(a) is not type(b) or a.kind not in _PLAIN:
         return False
@@ -205,6 +229,8 @@ def _same_bits(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
 
 
 def _same_dora(a: RowScale | None, b: RowScale | None) -> bool:
+    if isinstance(a, ColumnScale) or isinstance(b, ColumnScale):
+        return type(a) is type(b) and np.array_equal(a.trained, b.trained)
     """Whether neither is a DoRA, or both are the same one for any base weights."""
     if a is None or b is None:
         return a is b
@@ -263,9 +289,10 @@ def _dora_norms(a: LoraModule, b: LoraModule) -> tuple[float, float, float]:
     follows from ‖W + P‖² = ‖W‖² + 2·W·P + ‖P‖². The difference (g_a − g_b)·W + (g_a·P_a − g_b·P_b) is
     bounded by its two parts.
     """
-    base_norm = next((part.base_norm for part in (a.dora, b.dora) if part and part.base_norm is not None), None)
-    merged_norm = a.dora.merged_norm if a.dora else None
-    if base_norm is None or (a.dora and merged_norm is None):
+    rows = [part if isinstance(part, RowScale) else None for part in (a.dora, b.dora)]
+    base_norm = next((part.base_norm for part in rows if part and part.base_norm is not None), None)
+    merged_norm = rows[0].merged_norm if rows[0] else None
+    if base_norm is None or (rows[0] and merged_norm is None):
         raise DataError(
             f"LoRA module {a.name}: a DoRA cannot be compared without the row norms of the base weights.",
             hint="Give the base model that the LoRA was trained on.",
@@ -284,7 +311,7 @@ def _dora_norms(a: LoraModule, b: LoraModule) -> tuple[float, float, float]:
 
 
 def _gain(module: LoraModule, base_norm: Float64) -> Float64:
-    return np.ones_like(base_norm) if module.dora is None else module.dora.gain(base_norm)
+    return module.dora.gain(base_norm) if isinstance(module.dora, RowScale) else np.ones_like(base_norm)
 
 
 def _norm(terms: list[Term]) -> float:

@@ -1,9 +1,9 @@
-"""Two more ways to hold a change: whole, and as rows from several adapters."""
+"""More ways to hold a change: whole, as rows from several adapters, and as what nobody multiplies out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -41,6 +41,59 @@ class Full(Factors):
 
     def product(self) -> Rows:
         return lambda start, stop: exact(self.diff[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class Verbatim(Factors):
+    """An adapter whose change is made from the base weight, by the endings of its tensors: OFT and BOFT turn its rows,
+    GLoRA multiplies it. It is kept as it is, bit for bit, and two of them are the same when their tensors are."""
+
+    kind: ClassVar[str] = "verbatim"
+    tensors: Mapping[str, Array]
+
+    def arrays(self) -> dict[str, Array]:
+        return dict(self.tensors)
+
+    def map(self, change: Callable[[str, Array], Array]) -> Self:
+        return replace(self, tensors={name: change(name, array) for name, array in self.tensors.items()})
+
+    @property
+    def algorithm(self) -> str:
+        """What people call it."""
+        blocks = self.tensors.get(".oft_blocks")
+        return "GLoRA" if blocks is None else "BOFT" if blocks.ndim == 4 else "OFT"
+
+    def problem(self) -> str | None:
+        blocks = self.tensors.get(".oft_blocks")
+        if blocks is None:
+            return None
+        if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
+            return f"oft_blocks {blocks.shape} are no square blocks"
+        if blocks.ndim == 3 and ".rescale" in self.tensors:
+            return "an OFT with a trained rescale, which ComfyUI leaves out without a word"
+        constraint = self.tensors.get(".alpha")
+        if constraint is None and blocks.ndim == 4:
+            return "a BOFT without alpha, at which ComfyUI stops"
+        if constraint is not None and constraint.size != 1:
+            return "alpha must be one number"
+        if constraint is not None and float(constraint.reshape(())) > 0:
+            return "an OFT with a constraint, which ComfyUI applies otherwise than LyCORIS"
+        return None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, 0) of an OFT, whose columns its tensors do not tell."""
+        blocks = self.tensors.get(".oft_blocks")
+        if blocks is not None:
+            return blocks.shape[-3] * blocks.shape[-1], 0
+        return self.tensors[".b1.weight"].shape[0], self.tensors[".b2.weight"].shape[1]
+
+    @property
+    def rank(self) -> int | None:
+        return None
+
+    def product(self) -> Rows:
+        raise DataError(f"The change of a {self.algorithm} depends on the base weights and cannot be computed.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraport.errors import DataError
-from loraport.lora.canonical import LoHa, LoKr, LoraFile, LoraModule, LowRank, RowScale
+from loraport.lora.canonical import ColumnScale, LoHa, LoKr, LoraFile, LoraModule, LowRank, RowScale, Tucker
 from loraport.lora.dialect import WritableDialect
 from loraport.lora.proof import prove
 from loraport.lora.storage import read_tensors, write_tensors
@@ -18,7 +18,7 @@ COMFY = ComfyUI()
 # Large enough that the terms of a product do not cancel by chance: rounding would then weigh more than its tolerance.
 OUT, IN = 144, 120
 NUMPY = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
-FACTORED = ["lora", "conv", "loha", "lokr-w1", "lokr-w2", "lokr-both", "lokr-tucker"]
+FACTORED = ["lora", "conv", "tucker", "loha", "loha-tucker", "lokr-w1", "lokr-w2", "lokr-both", "lokr-tucker"]
 KINDS = [*FACTORED, "lokr"]
 
 
@@ -32,6 +32,11 @@ def factors_of(kind, rng, rank=2, dtype=np.float32):
     made = {
         "lora": lambda: LowRank(down=random(rank, IN), up=random(OUT, rank)),
         "conv": lambda: LowRank(down=random(rank, IN, 3, 3), up=random(OUT, rank, 1, 1)),
+        "tucker": lambda: Tucker(random(rank, IN, 1, 1), random(rank, rank, 3, 3), random(OUT, rank, 1, 1)),
+        "loha-tucker": lambda: LoHa(
+            *(random(rank, side) for _ in range(2) for side in (OUT, IN)),
+            *(random(rank, rank, 3, 3) for _ in range(2)),
+        ),
         "loha": lambda: LoHa(random(OUT, rank), random(rank, IN), random(OUT, rank), random(rank, IN)),
         "lokr": lambda: LoKr(**w1, **w2),
         "lokr-w1": lambda: LoKr(**w1, **w2_pair),
@@ -197,7 +202,7 @@ def test_a_dora_without_norms_cannot_be_written_but_one_from_comfyui_can(path):
     np.testing.assert_array_equal(COMFY.read(path).modules["m"].dora.trained, np.full(OUT, 1.5))
 
 
-@pytest.mark.parametrize("shape", [(OUT,), (1, IN)])
+@pytest.mark.parametrize("shape", [(OUT,), (IN,), (1, OUT), (IN, 1)])
 def test_a_dora_scale_that_comfyui_would_apply_wrongly_is_refused(path, shape):
     factors = factors_of("lora", np.random.default_rng(8))
     stored = {"lora_up.weight": factors.up, "lora_down.weight": factors.down, "dora_scale": np.ones(shape)}
@@ -303,16 +308,80 @@ def test_an_alpha_of_several_numbers_is_refused(path):
         COMFY.read(path)
 
 
-def test_a_tucker_lora_is_refused_and_not_misread(path):
-    factors = factors_of("conv", np.random.default_rng(15))
-    stored = {
-        "lora_up.weight": factors.up,
-        "lora_down.weight": factors.down,
-        "lora_mid.weight": np.ones((2, 2, 1, 1)),
-    }
+def test_a_core_that_does_not_fit_is_named(path):
+    factors = factors_of("tucker", np.random.default_rng(15))
+    stored = {"lora_up.weight": factors.up, "lora_down.weight": factors.down, "lora_mid.weight": factors.mid[:1]}
     write_tensors(path, {f"diffusion_model.m.{suffix}": array for suffix, array in stored.items()}, {})
-    with pytest.raises(DataError, match="lora_mid"):
+    with pytest.raises(DataError, match="core"):
         COMFY.read(path)
+
+
+@pytest.mark.parametrize("shape", [(1, IN), (1, IN, 1, 1)])
+def test_a_dora_by_column_is_kept_as_it_is(path, shape):
+    rng = np.random.default_rng(18)
+    factors = factors_of("lora" if len(shape) == 2 else "tucker", rng)
+    source = lora(LoraModule("m", factors, 0.5, ColumnScale(rng.random(IN).astype(np.float32), len(shape))))
+    COMFY.write(source, path, None, {})
+    assert read_tensors(path)["diffusion_model.m.dora_scale"].shape == shape
+    assert prove(source, COMFY.read(path)).ok
+    other = ColumnScale(source.modules["m"].dora.trained * 1.1, len(shape))
+    assert not prove(source, lora(replace(source.modules["m"], dora=other))).ok
+    assert not prove(source, lora(replace(source.modules["m"], dora=None))).ok
+
+
+@pytest.mark.parametrize("kind", ["conv", "tucker", "lokr-tucker"])
+def test_the_dora_of_a_convolution_has_the_axes_of_its_weight(path, kind):
+    rng = np.random.default_rng(19)
+    module = with_dora(LoraModule("m", factors_of(kind, rng), 2.0), rng)
+    COMFY.write(lora(replace(module, dora=replace(module.dora, axes=4))), path, None, {})
+    assert read_tensors(path)["diffusion_model.m.dora_scale"].shape == (OUT, 1, 1, 1)
+
+
+def kept_as_they_are():
+    rng = np.random.default_rng(20)
+    return {
+        "OFT": {".oft_blocks": rng.random((12, 12, 12)), ".alpha": np.zeros(())},
+        "BOFT": {".oft_blocks": rng.random((2, 12, 12, 12)), ".rescale": rng.random((OUT, 1)), ".alpha": np.zeros(())},
+        "GLoRA": {
+            ".a1.weight": rng.random((IN, 2)),
+            ".a2.weight": rng.random((2, IN)),
+            ".b1.weight": rng.random((OUT, 2)),
+            ".b2.weight": rng.random((2, IN)),
+            ".alpha": np.ones(()),
+        },
+    }
+
+
+@pytest.mark.parametrize("kind", ["OFT", "BOFT", "GLoRA"])
+def test_what_only_the_base_weights_complete_is_kept_bit_for_bit(tmp_path, kind):
+    first, path = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    stored = {f"diffusion_model.m{ending}": array for ending, array in kept_as_they_are()[kind].items()}
+    write_tensors(first, stored, {})
+    source = COMFY.read(first)
+    COMFY.write(source, path, "bf16", {})
+    assert {key: array.tobytes() for key, array in read_tensors(path).items()} == {
+        key: array.tobytes() for key, array in stored.items()
+    }
+    assert prove(source, COMFY.read(path)).ok
+    name = next(iter(stored))
+    write_tensors(path, {**stored, name: stored[name] + 1e-9}, {})
+    assert not prove(source, COMFY.read(path)).ok
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        ("OFT", {".rescale": np.ones((OUT, 1))}, "rescale"),
+        ("OFT", {".alpha": np.ones(())}, "constraint"),
+        ("BOFT", {".alpha": None}, "without alpha"),
+    ],
+)
+def test_a_turn_that_comfyui_would_compute_otherwise_is_refused_with_the_reason(path, kind, change, reason):
+    tensors = {**kept_as_they_are()[kind], **change}
+    stored = {f"diffusion_model.m{ending}": array for ending, array in tensors.items() if array is not None}
+    write_tensors(path, stored, {})
+    with pytest.raises(DataError, match=reason):
+        COMFY.read(path).modules["m"]
 
 
 def test_detection_counts_the_keys_it_would_read():

@@ -17,20 +17,21 @@ on the user's device, so it is not compensated: 1.2e-7 / ‖W‖ of each row in 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from loraport.errors import DataError
-from loraport.lora.canonical import Array, LoraFile, LoraModule, RowScale
+from loraport.lora.canonical import Array, ColumnScale, LoraFile, LoraModule, RowScale
 from loraport.lora.lazy import LazyModules
 from loraport.lora.storage import Tensors, read_tensors
 from loraport.lora.streaming import stream_tensors
 from loraport_convert.codec import keys
 from loraport_convert.codec.decode import FAMILY_KEY
-from loraport_convert.codec.encode import low_rank_tensors, lycoris_tensors
-from loraport_convert.codec.header import factors_of, fields_of, measure
+from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors
+from loraport_convert.codec.header import dora_of, factors_of, fields_of, measure
 from loraport_convert.dtypes import cast
 from loraport_convert.families import FAMILIES
 from loraport_convert.families.detect import detect_family
@@ -59,7 +60,7 @@ class ComfyUI:
         """What ComfyUI makes of a file; keys it does not apply are in `unread`.
 
         Raises DataError when half of a pair is missing, a shape does not fit, or a module uses a kind that is not
-        supported (Tucker LoRA or LoHa, padded weights).
+        supported (padded weights, replaced ones, trained norms).
         """
         tensors = read_tensors(path)
         mine = [key for key in tensors if _split(key) is not None]
@@ -125,10 +126,12 @@ def _measure(name: str, fields: Mapping[str, str], tensors: Tensors) -> Shape:
     shapes = {field: tensors.shapes[key] for field, key in fields.items()}
     magnitude = shapes.pop("magnitude", None)
     size, _ = measure(shapes, name, tensors.path)
-    rows = size[0]
-    if magnitude is not None and (magnitude[:1] != (rows,) or np.prod(magnitude) != rows or len(magnitude) < 2):
+    rows, columns = size
+    numbers = None if magnitude is None else np.broadcast_to(np.float32(0), magnitude)
+    if numbers is not None and (numbers.ndim < 2 or dora_of(numbers, keys.DORA_SCALE, rows, columns) is None):
         raise DataError(
-            f"{tensors.path}: {fields['magnitude']} has shape {magnitude}; ComfyUI needs ({rows}, 1).",
+            f"{tensors.path}: {fields['magnitude']} has shape {magnitude}; ComfyUI needs ({rows}, 1) "
+            f"or (1, {columns}).",
             hint="Convert the trainer's own file instead: its magnitudes then get the right form.",
         )
     return size
@@ -138,7 +141,10 @@ def _module(name: str, fields: Mapping[str, str], tensors: Tensors) -> LoraModul
     arrays = {field: tensors[key] for field, key in fields.items()}
     factors = factors_of(arrays)
     scale = float(arrays["alpha"].reshape(())) / factors.rank if "alpha" in arrays and factors.rank else 1.0
-    dora = RowScale(arrays["magnitude"].reshape(-1), divisor="base") if "magnitude" in arrays else None
+    dora = None
+    if "magnitude" in arrays:
+        dora = dora_of(arrays["magnitude"], keys.DORA_SCALE, *factors.shape)
+        dora = replace(dora, divisor="base") if isinstance(dora, RowScale) else dora
     return LoraModule(name, factors, scale, dora)
 
 
@@ -152,9 +158,9 @@ def _tensors(lora: LoraFile, dtype: str | None) -> Iterator[tuple[str, Array]]:
             yield prefixed + keys.DORA_SCALE, _dora_scale(module.dora, name)
 
 
-def _dora_scale(dora: RowScale, name: str) -> Array:
-    """(out, 1) in fp32: it multiplies W itself, so its rounding weighs more than that of the factors."""
-    if dora.divisor == "base":
+def _dora_scale(dora: RowScale | ColumnScale, name: str) -> Array:
+    """In fp32: it multiplies W itself, so its rounding weighs more than that of the factors."""
+    if isinstance(dora, ColumnScale) or dora.divisor == "base":
         scale = dora.trained.astype(np.float64)
     elif dora.base_norm is None:
         raise DataError(
@@ -163,4 +169,4 @@ def _dora_scale(dora: RowScale, name: str) -> Array:
         )
     else:
         scale = dora.gain() * dora.base_norm.astype(np.float64)
-    return cast(scale[:, None], "fp32", f"LoRA module {name}: dora_scale")
+    return cast(dora_shaped(scale, dora), "fp32", f"LoRA module {name}: dora_scale")

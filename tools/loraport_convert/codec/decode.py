@@ -6,23 +6,22 @@ file; what the header can tell (a missing half, a scale told nowhere) is raised 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from loraport.errors import DataError
-from loraport.lora.canonical import Array, LoraFile, LoraModule, RowScale
+from loraport.lora.canonical import ColumnScale, LoraFile, LoraModule, RowScale
 from loraport.lora.dialect import UnknownScale
 from loraport.lora.lazy import LazyModules
 from loraport.lora.proof import prove
-from loraport.lora.stacked import Part
+from loraport.lora.stacked import Part, Verbatim
 from loraport.lora.storage import Tensors, read_tensors
 from loraport_convert.codec import keys
-from loraport_convert.codec.header import factors_of, fields_of, measure
+from loraport_convert.codec.header import dora_of, factors_of, fields_of, measure
 from loraport_convert.codec.keys import MODEL, NAMED, Module
 from loraport_convert.codec.rows import cut, fuse
 from loraport_convert.codec.scale import Told
@@ -102,11 +101,14 @@ def _sources(tensors: Tensors, told: Told, hint: str | None) -> tuple[list[_Sour
             continue
         sizes = {field: shapes[key] for field, key in fields.items()}
         shape, rank = measure(sizes, prefixed, tensors.path)
-        if "magnitude" in sizes and (sizes["magnitude"][:1] != shape[:1] or math.prod(sizes["magnitude"]) != shape[0]):
-            raise DataError(
-                f"{tensors.path}: LoRA module {prefixed} is a DoRA of shape {sizes['magnitude']}; only magnitudes by "
-                f"row, ({shape[0]},) or ({shape[0]}, 1), can be read."
-            )
+        if "magnitude" in sizes:
+            # An array of the right shape that takes no memory.
+            numbers = np.broadcast_to(np.float32(0), sizes["magnitude"])
+            if dora_of(numbers, fields["magnitude"], *shape) is None:
+                raise DataError(
+                    f"{tensors.path}: LoRA module {prefixed} is a DoRA of shape {sizes['magnitude']}, which fits "
+                    f"neither its {shape[0]} rows nor its {shape[1]} columns."
+                )
         module = keys.parse(prefixed)
         scale = None
         if "alpha" not in fields:
@@ -182,8 +184,10 @@ def _readings(moves: list[_Move]) -> list[list[_Move]]:
 
 
 def _fused(name: str, moves: list[_Move], tensors: Tensors) -> LoraModule:
+    if any("verbatim" in field for move in moves for field in move.source.fields):
+        return _verbatim(name, moves, tensors)
     parts: list[Part] = []
-    magnitudes: list[Array] = []
+    doras: list[RowScale | ColumnScale] = []
     for move in moves:
         arrays = {field: tensors[key] for field, key in move.source.fields.items()}
         magnitude = arrays.pop("magnitude", None)
@@ -194,17 +198,48 @@ def _fused(name: str, moves: list[_Move], tensors: Tensors) -> LoraModule:
         LoraModule(move.source.module.name, factors, scale)
         parts += cut(Part(0, factors, scale), move.start, move.stop, move.to)
         if magnitude is not None:
-            magnitudes.append(magnitude.reshape(-1)[move.start : move.stop])
+            dora = dora_of(magnitude, move.source.fields["magnitude"], *move.source.shape)
+            assert dora is not None
+            by_row = isinstance(dora, RowScale)
+            doras.append(replace(dora, trained=dora.trained[move.start : move.stop]) if by_row else dora)
     fused, scale = fuse(parts, moves[0].rows)
-    return LoraModule(name, fused, scale, _dora(name, magnitudes, moves))
+    return LoraModule(name, fused, scale, _dora(name, doras, moves))
 
 
-def _dora(name: str, magnitudes: list[Array], moves: list[_Move]) -> RowScale | None:
-    if not magnitudes:
+def _verbatim(name: str, moves: list[_Move], tensors: Tensors) -> LoraModule:
+    """A module of a kind that is kept as it is, which can only change its name."""
+    fields = {field: tensors[key] for field, key in moves[0].source.fields.items()}
+    factors = factors_of(fields)
+    assert isinstance(factors, Verbatim)
+    if len(moves) > 1 or not _is_whole(moves):
+        raise DataError(
+            f"{tensors.path}: {moves[0].source.module.name} is a {factors.algorithm}, whose rows have another place in "
+            f"{name}; it cannot be put together or taken apart without the base weights.",
+            hint="Train it on modules that the model for ComfyUI has too, or as a LoRA.",
+        )
+    return LoraModule(name, factors, 1.0)
+
+
+def _dora(name: str, doras: list[RowScale | ColumnScale], moves: list[_Move]) -> RowScale | ColumnScale | None:
+    if not doras:
         return None
-    if len(magnitudes) < len(moves) or sum(map(len, magnitudes)) != moves[0].rows:
+    rows = [each for each in doras if isinstance(each, RowScale)]
+    if not rows and len({id(move.source) for move in moves}) == 1 and _is_whole(moves):
+        return doras[0]
+    if len(rows) < len(doras):
+        raise DataError(
+            f"LoRA module {name} is put together from DoRAs by column, whose norms are those of each part alone.",
+            hint="No file for ComfyUI can hold it. Train the DoRA by row (LyCORIS: wd_on_output).",
+        )
+    if len(doras) < len(moves) or sum(len(each.trained) for each in rows) != moves[0].rows:
         raise DataError(
             f"LoRA module {name} is a DoRA in some of its rows only, which no file for ComfyUI can hold.",
             hint="Train q, k and v alike.",
         )
-    return RowScale(np.concatenate(magnitudes))
+    return RowScale(np.concatenate([each.trained for each in rows]), axes=rows[0].axes)
+
+
+def _is_whole(moves: list[_Move]) -> bool:
+    """Whether the moves fill every row of the module, and take every row of their sources."""
+    taken = {id(move.source): move.source.shape[0] for move in moves}
+    return sum(move.stop - move.start for move in moves) == moves[0].rows == sum(taken.values())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from loraport.lora.canonical import Array, LoHa, LoKr, LoraModule, LowRank
-from loraport.lora.stacked import Full, NotExact
+from loraport.lora.canonical import Array, ColumnScale, LoHa, LoKr, LoraModule, LowRank, RowScale, Tucker
+from loraport.lora.stacked import Full, NotExact, Verbatim
 from loraport_convert.codec import keys
 from loraport_convert.dtypes import cast
 
@@ -28,6 +28,13 @@ def low_rank_tensors(module: LoraModule, dtype: str | None, up: str, down: str) 
     return {up: arrays["up"], down: arrays["down"], keys.ALPHA: alpha(module, module.factors.rank)}
 
 
+def dora_shaped(numbers: Array, dora: RowScale | ColumnScale) -> Array:
+    """A DoRA's numbers in the shape in which LyCORIS and ComfyUI hold them against the weight: (out, 1[, 1, 1]), or
+    (1, in[, 1, 1]) by column."""
+    kernel = (1,) * (dora.axes - 2)
+    return numbers.reshape((1, -1, *kernel) if isinstance(dora, ColumnScale) else (-1, 1, *kernel))
+
+
 def lycoris_tensors(module: LoraModule, dtype: str | None, format: str) -> dict[str, Array]:
     """LoHa, LoKr and whole differences as LyCORIS writes them.
 
@@ -37,6 +44,11 @@ def lycoris_tensors(module: LoraModule, dtype: str | None, format: str) -> dict[
     if isinstance(factors, Full):
         diff = narrow(module, dtype)["diff"]
         return {keys.DIFF: diff if module.scale == 1.0 else _folded(module, "diff", diff)}
+    if isinstance(factors, Verbatim):
+        return factors.arrays()
+    if isinstance(factors, Tucker):
+        named = {f".lora_{name}.weight": array for name, array in narrow(module, dtype).items()}
+        return {**named, keys.ALPHA: alpha(module, factors.rank)}
     if not isinstance(factors, LoHa | LoKr):
         raise NotExact(
             f"LoRA module {module.name} is made of several adapters, which {format} cannot hold as one.",

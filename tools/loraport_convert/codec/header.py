@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from loraport.errors import DataError
-from loraport.lora.canonical import Array, Factors, LoHa, LoKr, LowRank
-from loraport.lora.stacked import Full
+from loraport.lora.canonical import Array, ColumnScale, Factors, LoHa, LoKr, LowRank, RowScale, Tucker
+from loraport.lora.stacked import Full, Verbatim
 from loraport_convert.codec import keys
 
 
@@ -22,16 +22,23 @@ def fields_of(
     Of several kinds under one name it is the one that ComfyUI applies. `magnitudes` are the endings that mean a DoRA.
     Raises DataError when a half is missing, or for a kind that LoraPort does not know.
     """
-    for ending in keys.UNSUPPORTED:
+    for ending, reason in keys.UNSUPPORTED.items():
         if ending in endings:
-            raise DataError(f"{path}: {endings[ending]} is of a kind that LoraPort cannot read.")
+            raise DataError(f"{path}: {endings[ending]} cannot be converted: {reason}.")
     found = _kind(endings)
     if not found:
         return {}, list(endings.values())
     missing = [prefixed + end for end in found.values() if end not in endings]
     if missing:
         raise DataError(f"{path}: LoRA module {prefixed} is not whole: {', '.join(missing)} is missing.")
-    if "diff" not in found:
+    if found.get("verbatim" + keys.OFT) and keys.RESCALE in endings:
+        found["verbatim" + keys.RESCALE] = keys.RESCALE
+    if any(field.startswith("verbatim") for field in found):
+        if keys.ALPHA in endings:
+            found["verbatim" + keys.ALPHA] = keys.ALPHA
+        if keys.DORA_SCALE in endings:
+            raise DataError(f"{path}: LoRA module {prefixed} has a DoRA on a kind that has none in any trainer.")
+    elif "diff" not in found:
         if keys.ALPHA in endings:
             found["alpha"] = keys.ALPHA
         if magnitude := next((end for end in magnitudes if end in endings), None):
@@ -48,9 +55,32 @@ def _kind(endings: Mapping[str, str]) -> dict[str, str]:
     if lokr := {f"lokr.{name}": end for end, name in keys.LOKR.items() if end in endings}:
         return lokr
     if any(end in endings for end in keys.LOHA):
-        return {f"loha.{name}": end for end, name in keys.LOHA.items()}
+        cores = keys.LOHA_CORES if any(end in endings for end in keys.LOHA_CORES) else {}
+        return {f"loha.{name}": end for end, name in (keys.LOHA | cores).items()}
+    if keys.OFT in endings:
+        return {"verbatim" + keys.OFT: keys.OFT}
+    if any(end in endings for end in keys.GLORA):
+        return {"verbatim" + end: end for end in keys.GLORA}
     pairs = (pair for pair in keys.LOW_RANK if pair[0] in endings or pair[1] in endings)
-    return next(({"up": up, "down": down} for up, down in pairs), {})
+    found = next(({"up": up, "down": down} for up, down in pairs), {})
+    if keys.MID in endings and found.get("up") == keys.LOW_RANK[0][0]:
+        found["mid"] = keys.MID
+    return found
+
+
+def dora_of(magnitude: Array, ending: str, rows: int, columns: int) -> RowScale | ColumnScale | None:
+    """What a DoRA's numbers scale, from their shape; None where they fit neither rows nor columns.
+
+    PEFT's are by row, and its (1, out, 1, 1) of a convolution looks like LyCORIS' (1, in, 1, 1) by column.
+    """
+    axes = max(magnitude.ndim, 2)
+    peft = not ending.endswith(keys.DORA_SCALE)
+    if magnitude.size == rows and (peft or magnitude.shape[:1] == (rows,)):
+        return RowScale(magnitude.reshape(-1), axes=axes)
+    by_column = not peft and magnitude.ndim > 1 and magnitude.shape[:2] == (1, magnitude.size)
+    if by_column and magnitude.size and (columns == magnitude.size or (axes > 2 and columns % magnitude.size == 0)):
+        return ColumnScale(magnitude.reshape(-1), axes)
+    return None
 
 
 def measure(shapes: Mapping[str, tuple[int, ...]], name: str, path: Path) -> tuple[tuple[int, int], int | None]:
@@ -65,6 +95,8 @@ def measure(shapes: Mapping[str, tuple[int, ...]], name: str, path: Path) -> tup
         raise DataError(
             f"{path}: LoRA module {name}: {problem}.", hint="The file is damaged: copy or download it again."
         )
+    if isinstance(factors, Verbatim):
+        return factors.shape, None
     if 0 in factors.shape or factors.rank == 0:
         raise DataError(f"{path}: LoRA module {name} is empty: {factors.shape}, rank {factors.rank}.")
     if "alpha" in shapes and math.prod(shapes["alpha"]) != 1:
@@ -76,6 +108,11 @@ def factors_of(arrays: Mapping[str, Array]) -> Factors:
     """The factors that the fields of one module make. Raises DataError where a field is of another kind."""
     if "diff" in arrays:
         return Full(arrays["diff"])
+    verbatim = {field.removeprefix("verbatim"): each for field, each in arrays.items() if field.startswith("verbatim")}
+    if verbatim:
+        return Verbatim(verbatim)
+    if "mid" in arrays:
+        return Tucker(down=arrays["down"], mid=arrays["mid"], up=arrays["up"])
     if "up" in arrays:
         return LowRank(down=arrays["down"], up=arrays["up"])
     named = {field.partition(".")[2]: array for field, array in arrays.items() if "." in field}

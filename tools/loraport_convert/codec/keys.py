@@ -17,26 +17,49 @@ LOW_RANK = [
     (".lora_B.default.weight", ".lora_A.default.weight"),
 ]
 LOHA = {f".hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
+LOHA_CORES = {f".hada_{name}": name for name in ("t1", "t2")}
+MID = ".lora_mid.weight"  #: the core of a Tucker convolution, which belongs to the first pair of `LOW_RANK`
 LOKR = {f".lokr_{name}": name for name in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")}
 ALPHA, DORA_SCALE, DIFF = ".alpha", ".dora_scale", ".diff"
 #: PEFT's magnitude of a DoRA.
 MAGNITUDES = (".lora_magnitude_vector.default.weight", ".lora_magnitude_vector.weight", ".lora_magnitude_vector")
-#: Kinds that ComfyUI or a trainer knows and LoraPort does not: they change what the module's other keys mean.
-UNSUPPORTED = (
-    ".lora_mid.weight",
-    ".hada_t1",
-    ".hada_t2",
-    ".lokr_t1",
-    ".reshape_weight",
-    ".oft_blocks",
-    ".oft_diag",
-    ".a1.weight",
-    ".b1.weight",
-    ".lora_embedding_A",
-    ".lora_embedding_B",
-)
+#: Kinds whose change is made from the base weight, and their endings: they are kept as they are, never multiplied out.
+OFT, RESCALE = ".oft_blocks", ".rescale"
+GLORA = (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight")
+#: Endings of kinds that cannot be converted, and why.
+UNSUPPORTED = {
+    ".lokr_t1": "a core on the first side of a LoKr, which no loader applies",
+    ".reshape_weight": "it makes a weight larger, as control LoRAs do; load it as it is",
+    ".oft_diag": "an OFT of an early sd-scripts, which ComfyUI does not read",
+    ".lora_embedding_A": "a LoRA of an embedding, for which ComfyUI has no form",
+    ".lora_embedding_B": "a LoRA of an embedding, for which ComfyUI has no form",
+    ".lora_B.bias": "a trained bias; train with lora_bias off",
+    ".set_weight": "it replaces a weight instead of changing it; load it as it is",
+    ".w_norm": "a trained norm, of which LoraPort knows no names; train with train_norm off",
+    ".b_norm": "a trained norm, of which LoraPort knows no names; train with train_norm off",
+    ".diff_b": "a trained bias; load it as it is",
+    **{f".oft_{name}": "an OFT of PEFT's, which ComfyUI does not read" for name in ("R.weight", "R", "r", "s")},
+    **{f".boft_{name}": "a BOFT of PEFT's, which ComfyUI does not read" for name in ("R", "s")},
+    ".bm.weight": "a GLoRA with a middle factor, which ComfyUI does not read",
+    ".lambda_layer": "a T-LoRA, which ComfyUI does not read",
+    ".on_input": "an IA³, which ComfyUI does not read",
+    ".lora_E": "an AdaLoRA, which ComfyUI does not read: its ranks are pruned after training",
+    ".ia3_l": "an IA³, which ComfyUI does not read",
+    ".vera_lambda_b": "a VeRA, which ComfyUI does not read",
+    ".vera_lambda_d": "a VeRA, which ComfyUI does not read",
+}
+_ALONE = (ALPHA, DORA_SCALE, DIFF, MID, OFT, RESCALE)
 SUFFIXES = sorted(
-    [*(end for pair in LOW_RANK for end in pair), *LOHA, *LOKR, ALPHA, DORA_SCALE, DIFF, *MAGNITUDES, *UNSUPPORTED],
+    [
+        *(end for pair in LOW_RANK for end in pair),
+        *LOHA,
+        *LOHA_CORES,
+        *LOKR,
+        *_ALONE,
+        *GLORA,
+        *MAGNITUDES,
+        *UNSUPPORTED,
+    ],
     key=len,
     reverse=True,
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from loraport.lora.canonical import Array, Factors, LoHa, LoKr, LowRank
+from loraport.lora.canonical import Array, Factors, LoHa, LoKr, LowRank, Tucker
 from loraport.lora.stacked import Full, Part, Stacked
 
 
@@ -19,9 +19,12 @@ def cut(part: Part, start: int, stop: int, to: int) -> list[Part]:
     It is one part but for a Kronecker product whose blocks the cut goes through: that one takes up to three.
     """
     factors = part.factors
-    if isinstance(factors, LowRank):
+    if isinstance(factors, LowRank | Tucker):
         return [Part(to, replace(factors, up=factors.up[start:stop]), part.scale)]
     if isinstance(factors, LoHa):
+        if factors.t1 is not None:
+            w1_a, w2_a = factors.w1_a[:, start:stop], factors.w2_a[:, start:stop]
+            return [Part(to, replace(factors, w1_a=w1_a, w2_a=w2_a), part.scale)]
         w1_a, w2_a = factors.w1_a[start:stop], factors.w2_a[start:stop]
         return [Part(to, replace(factors, w1_a=w1_a, w2_a=w2_a), part.scale)]
     if isinstance(factors, Full):
@@ -55,7 +58,7 @@ def fuse(parts: Sequence[Part], rows: int) -> tuple[Factors, float]:
     fused: Factors | None = None
     if kinds == {LowRank}:
         fused = _fuse_low_rank(parts, ratios, rows)
-    elif kinds == {LoHa}:
+    elif kinds == {LoHa} and all(getattr(part.factors, "t1", None) is None for part in parts):
         fused = _fuse_loha(parts, ratios, rows)
     elif kinds == {LoKr} and set(ratios) == {1.0}:
         fused = _fuse_kronecker(parts, rows)

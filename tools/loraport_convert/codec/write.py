@@ -14,11 +14,11 @@ import numpy as np
 
 from loraport.errors import DataError
 from loraport.files import atomic_path, write_atomic
-from loraport.lora.canonical import Array, LoraFile, LoraModule, LowRank, RowScale
+from loraport.lora.canonical import Array, ColumnScale, LoraFile, LoraModule, LowRank, RowScale
 from loraport.lora.stacked import NotExact, Part
 from loraport.lora.streaming import replace_metadata, stream_tensors
 from loraport_convert.codec import keys
-from loraport_convert.codec.encode import low_rank_tensors, lycoris_tensors, narrow
+from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors, narrow
 from loraport_convert.codec.rows import cut, fuse, scaled, without_idle_rank
 from loraport_convert.codec.scale import ADAPTER_METADATA
 from loraport_convert.families import FAMILIES
@@ -81,7 +81,7 @@ def write_kohya(lora: LoraFile, path: Path, dtype: str | None, metadata: Mapping
             for ending, array in (tensors or lycoris_tensors(module, dtype, "kohya's layout")).items():
                 yield flat + ending, array
             if module.dora is not None:
-                yield flat + keys.DORA_SCALE, _magnitude(module, module.dora)[:, None]
+                yield flat + keys.DORA_SCALE, dora_shaped(_magnitude(module), module.dora)
 
     stream_tensors(path, tensors(), {**metadata, "format": "pt"})
 
@@ -197,12 +197,20 @@ def _split(module: LoraModule, family: ModuleMap) -> Iterator[LoraModule]:
         rows.append((share * span.first, start, stop))
     for name, (parts, rows, size) in targets.items():
         factors, scale = fuse(parts, size)
-        dora = None
-        if module.dora is not None:
+        dora: RowScale | ColumnScale | None = None
+        if isinstance(module.dora, ColumnScale):
+            if len(targets) > 1:
+                raise NotExact(
+                    f"LoRA module {module.name} is a DoRA by column, whose norms are those of the whole module; it "
+                    "cannot be split.",
+                    module=module.name,
+                )
+            dora = module.dora
+        elif module.dora is not None:
             chosen = np.concatenate([np.arange(start, stop) for _, start, stop in sorted(rows)])
             norms = (module.dora.base_norm, module.dora.merged_norm)
             base, merged = (None if norm is None else norm[chosen] for norm in norms)
-            dora = RowScale(module.dora.trained[chosen], base, merged, module.dora.divisor)
+            dora = replace(module.dora, trained=module.dora.trained[chosen], base_norm=base, merged_norm=merged)
         yield LoraModule(name, without_idle_rank(factors), scale, dora)
 
 
@@ -220,13 +228,23 @@ def _peft_tensors(module: LoraModule, dtype: str | None) -> dict[str, Array]:
     arrays = narrow(module, dtype)
     tensors = {_DOWN: arrays["down"], _UP: arrays["up"]}
     if module.dora is not None:
-        tensors[_MAGNITUDE] = _magnitude(module, module.dora)
+        if isinstance(module.dora, ColumnScale):
+            raise NotExact(
+                f"LoRA module {module.name} is a DoRA by column; PEFT's is by row.",
+                module=module.name,
+                hint="Write it for ComfyUI or kohya.",
+            )
+        magnitude = _magnitude(module)
+        axes = module.dora.axes
+        tensors[_MAGNITUDE] = magnitude if axes == 2 else magnitude.reshape(1, -1, *(1 for _ in range(axes - 2)))
     return tensors
 
 
-def _magnitude(module: LoraModule, dora: RowScale) -> Array:
-    """The trained magnitude (out,), as DoRA defines it."""
-    if dora.divisor != "merged":
+def _magnitude(module: LoraModule) -> Array:
+    """The trained magnitude, as DoRA defines it: (out,), or (in,) of one by column."""
+    dora = module.dora
+    assert dora is not None
+    if isinstance(dora, RowScale) and dora.divisor != "merged":
         raise NotExact(
             f"LoRA module {module.name} has a DoRA scale made for ComfyUI; the trained magnitude is not in the file.",
             module=module.name,

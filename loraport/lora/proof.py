@@ -169,15 +169,15 @@ def _compare(a: LoraModule, b: LoraModule, both_rounded: bool) -> ModuleProof:
         empty = _is_zero(a.factors) and a.dora is None
         difference = 0.0 if empty else _relative(abs(a.scale - b.scale), abs(a.scale))
         return ModuleProof(a.name, b.factors.kind, None, difference, tolerance, zero=empty or a.scale == 0)
+    if "verbatim" in (a.factors.kind, b.factors.kind):
+        return ModuleProof(a.name, b.factors.kind, None, math.inf, tolerance, zero=False)
+    if isinstance(a.dora, ColumnScale) or isinstance(b.dora, ColumnScale):
+        return _compare_columns(a, b, tolerance)
     if a.dora is None and b.dora is None and (close := _close_norms(a, b)):
         norm, apart = close
         return ModuleProof(a.name, b.factors.kind, norm, _relative(apart, norm), tolerance, zero=norm == 0)
     norm = _norm([_term(a, 1.0)])
     if a.factors.shape != b.factors.shape:
-    if "verbatim" in (a.factors.kind, b.factors.kind):
-        return ModuleProof(a.name, b.factors.kind, None, math.inf, tolerance, zero=False)
-    if isinstance(a.dora, ColumnScale) or isinstance(b.dora, ColumnScale):
-        return _compare_columns(a, b, tolerance)
         return ModuleProof(a.name, b.factors.kind, norm, math.inf, tolerance, zero=norm == 0)
     difference = _relative(_norm([_term(a, 1.0), _term(b, -1.0)]), norm)
     if a.dora is not None or b.dora is not None:
@@ -189,11 +189,6 @@ def _compare(a: LoraModule, b: LoraModule, both_rounded: bool) -> ModuleProof:
     return ModuleProof(a.name, b.factors.kind, norm, difference, tolerance, zero=norm == 0)
 
 
-def _bits(array: Array) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _same_numbers(a: Factors, b: Factors) -> bool:
 def _compare_columns(a: LoraModule, b: LoraModule, tolerance: float) -> ModuleProof:
     """Two changes that are scaled by column, by the same rule whatever the base weights are: both parts must agree."""
     norm = _norm([_term(a, 1.0)])
@@ -213,6 +208,11 @@ def _compare_columns(a: LoraModule, b: LoraModule, tolerance: float) -> ModulePr
     return ModuleProof(a.name, b.factors.kind, norm, difference, tolerance, zero=False)
 
 
+def _bits(array: Array) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _same_numbers(a: Factors, b: Factors) -> bool:
     """Whether two modules store the same factors, bit for bit, of a kind whose arrays are all there is to it."""
     if type(a) is not type(b) or a.kind not in _PLAIN:
         return False
@@ -228,12 +228,12 @@ def _same_bits(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
     return all(np.array_equal(a[start : start + BLOCK], b[start : start + BLOCK]) for start in range(0, a.size, BLOCK))
 
 
-def _same_dora(a: RowScale | None, b: RowScale | None) -> bool:
-    if isinstance(a, ColumnScale) or isinstance(b, ColumnScale):
-        return type(a) is type(b) and np.array_equal(a.trained, b.trained)
+def _same_dora(a: RowScale | ColumnScale | None, b: RowScale | ColumnScale | None) -> bool:
     """Whether neither is a DoRA, or both are the same one for any base weights."""
     if a is None or b is None:
         return a is b
+    if isinstance(a, ColumnScale) or isinstance(b, ColumnScale):
+        return type(a) is type(b) and np.array_equal(a.trained, b.trained)
     return a.divisor == b.divisor and np.array_equal(a.trained, b.trained) and _norms(a) == _norms(b)
 
 

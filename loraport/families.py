@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from loraport.errors import SpecError, unknown
 
@@ -66,6 +66,9 @@ class Family:
     targets: dict[str, list[str]]  #: preset name → regular expressions that match whole module names
     architecture: str  #: modelspec.architecture of a LoRA file
     place_trigger: Callable[[str, str], str]  #: (caption, word) → caption with the word in it
+    #: where captions are JSON: the JSON Schema of one, its properties in the order of the keys, each described
+    caption_schema: dict[str, Any] | None = None
+    wrap_caption: Callable[[str], str] | None = None  #: where captions are JSON: plain text → the shortest one with it
     side_multiple: int = 16  #: image sides are multiples of this many pixels
     dimensions: Dimensions | None = None  #: of the official weights
     read_dimensions: Callable[[Path], Dimensions] | None = None  #: those of a checkpoint folder, from headers alone

@@ -12,6 +12,7 @@ from typing import Any
 from loraport.errors import DataError
 from loraport.families import Dimensions, Family
 from loraport.hookspecs import hookimpl
+from loraport.ideogram4_captions import CAPTION_SCHEMA, wrap_caption
 
 _ATTENTION = [r"layers\.\d+\.attention\.(qkv|o)"]
 _MLP = [r"layers\.\d+\.feed_forward\.w[123]"]
@@ -192,6 +193,8 @@ IDEOGRAM4 = Family(
     },
     architecture="ideogram-4/lora",
     place_trigger=place_trigger,
+    caption_schema=CAPTION_SCHEMA,
+    wrap_caption=wrap_caption,
     dimensions=RELEASED,
     read_dimensions=read_dimensions,
 )

@@ -9,38 +9,23 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraport.errors import DataError
+from loraport.lora.bits import all_finite
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 Rows = Callable[[int, int], Float64]
 
-BLOCK = 1 << 17  # numbers that stay in the processor's cache, with what is computed from them
-
 
 def exact(array: Array) -> Float64:
     """The same numbers in fp64. A conv factor becomes a matrix: its kernel joins the last axis."""
     return array.astype(np.float64).reshape(array.shape[0], -1)
-
-
-def all_finite(array: Array) -> bool:
-    """Whether no number is NaN or infinite. Narrow floats are judged by their bits: converting them is much slower."""
-    if array.dtype.kind not in "fV" or array.dtype.itemsize > 2:
-        return bool(np.isfinite(array).all())
-    if array.dtype.itemsize == 1:
-        return bool(np.isfinite(np.unique(array.view(np.uint8)).view(array.dtype)).all())
-    # Infinity and NaN are the largest numbers that the bits can be read as: the positive ones with a sign, the negative
-    # ones without.
-    infinity = int(np.array(np.inf, array.dtype).view(np.uint16))
-    bits = np.ascontiguousarray(array).view(np.uint16).reshape(-1)
-    blocks = (bits[start : start + BLOCK] for start in range(0, bits.size, BLOCK))
-    return all(int(block.max()) < infinity | 0x8000 and int(block.view(np.int16).max()) < infinity for block in blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,16 +356,17 @@ class LoraModule:
 
     `name` is the official checkpoint's module path, such as `layers.0.attention.qkv`; `scale` is the true
     multiplier (alpha/r, alpha/√r for rsLoRA). Raises DataError naming the module when parts do not fit or
-    hold NaN or infinity.
+    hold NaN or infinity; with `finite` the caller knows that no factor does.
     """
 
     name: str
     factors: Factors
     scale: float
     dora: RowScale | ColumnScale | None = None
+    finite: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
-        problem = self.factors.problem() or self._not_finite()
+    def __post_init__(self, finite: bool) -> None:
+        problem = self.factors.problem() or self._useless(finite)
         if problem is None and self.dora is not None:
             problem = self.dora.problem(self.factors.shape[isinstance(self.dora, ColumnScale)])
         if problem is not None:
@@ -389,11 +375,11 @@ class LoraModule:
                 hint="The file is damaged or the training diverged: use an earlier checkpoint.",
             )
 
-    def _not_finite(self) -> str | None:
+    def _useless(self, finite: bool) -> str | None:
         for name, array in self.factors.arrays().items():
             if 0 in array.shape:
                 return f"{name} is empty: {array.shape}"
-            if not all_finite(array):
+            if not finite and not all_finite(array):
                 return f"{name} holds NaN or infinity"
         return None if math.isfinite(self.scale) else f"the scale is {self.scale}"
 

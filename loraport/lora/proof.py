@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraport.errors import DataError
+from loraport.lora.bits import same_bits
 from loraport.lora.canonical import (
-    BLOCK,
     Array,
     ColumnScale,
     Factors,
@@ -35,6 +35,7 @@ from loraport.lora.canonical import (
     RowScale,
     exact,
 )
+from loraport.lora.lazy import side_by_side
 
 # Rounding to a dtype with p significant bits moves each number by at most 2^-p of itself, and a product of two
 # rounded factors by at most twice that: 9.8e-4 for fp16 (p = 11), 7.8e-3 for bf16 (p = 8). Errors of different signs
@@ -46,8 +47,13 @@ _LOSSLESS = 1e-6
 _CANCELLED = 1e-3
 _CLOSE = 0.1  # the largest relative difference of factors that counts as rounding
 _BLOCK_NUMBERS = 4_000_000
+_GRAM_NUMBERS = 1 << 19  # more would fill the processor's cache
 
 _PLAIN = ("lora", "tucker", "loha", "lokr", "full", "verbatim")
+
+Method = Literal["identical bytes", "products in fp64"]
+IDENTICAL: Final[Method] = "identical bytes"
+PRODUCTS: Final[Method] = "products in fp64"
 
 Term = tuple[Float64, Factors]  # coefficients of the rows (out,), and the product they multiply
 
@@ -58,7 +64,8 @@ class ModuleProof:
     where both files store the same factors bit for bit and it was not needed.
 
     With DoRA it is the larger of that (its upper bound, see `_dora_norms`) and the same for the added product
-    alone. `zero` says that the source changes nothing here, as an untrained LoRA does.
+    alone. `zero` says that the source changes nothing here, as an untrained LoRA does. `method` says how they were
+    compared: with `IDENTICAL` factors only the scales can differ, and what they make is not computed.
     """
 
     name: str
@@ -67,6 +74,7 @@ class ModuleProof:
     difference: float
     tolerance: float
     zero: bool
+    method: Method = PRODUCTS
 
     @property
     def ok(self) -> bool:
@@ -139,6 +147,7 @@ class Proof:
                     "difference": _finite(module.difference),
                     "tolerance": module.tolerance,
                     "zero": module.zero,
+                    "method": module.method,
                     "ok": module.ok,
                 }
                 for module in self.modules
@@ -152,9 +161,13 @@ def prove(source: LoraFile, written: LoraFile, both_rounded: bool = False) -> Pr
     With `both_rounded` neither is the source: the rounding of the coarser of the two dtypes is allowed. Raises
     DataError when a DoRA part lacks the norms of the base weights in both files.
     """
+
+    def compare(name: str) -> ModuleProof:
+        return _compare(source.modules[name], written.modules[name], both_rounded)
+
     common = [name for name in source.modules if name in written.modules]
     return Proof(
-        modules=tuple(_compare(source.modules[name], written.modules[name], both_rounded) for name in common),
+        modules=tuple(side_by_side(compare, common)),
         missing=tuple(name for name in source.modules if name not in written.modules),
         extra=tuple(name for name in written.modules if name not in source.modules),
         unread_source=source.unread,
@@ -168,7 +181,7 @@ def _compare(a: LoraModule, b: LoraModule, both_rounded: bool) -> ModuleProof:
     if _same_dora(a.dora, b.dora) and (a.dora is None or a.scale == b.scale) and _same_numbers(a.factors, b.factors):
         empty = _is_zero(a.factors) and a.dora is None
         difference = 0.0 if empty else _relative(abs(a.scale - b.scale), abs(a.scale))
-        return ModuleProof(a.name, b.factors.kind, None, difference, tolerance, zero=empty or a.scale == 0)
+        return ModuleProof(a.name, b.factors.kind, None, difference, tolerance, empty or a.scale == 0, IDENTICAL)
     if "verbatim" in (a.factors.kind, b.factors.kind):
         return ModuleProof(a.name, b.factors.kind, None, math.inf, tolerance, zero=False)
     if isinstance(a.dora, ColumnScale) or isinstance(b.dora, ColumnScale):
@@ -217,15 +230,7 @@ def _same_numbers(a: Factors, b: Factors) -> bool:
     if type(a) is not type(b) or a.kind not in _PLAIN:
         return False
     mine, other = a.arrays(), b.arrays()
-    return mine.keys() == other.keys() and all(
-        (mine[name].dtype, mine[name].shape) == (other[name].dtype, other[name].shape)
-        and _same_bits(_bits(mine[name]), _bits(other[name]))
-        for name in mine
-    )
-
-
-def _same_bits(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
-    return all(np.array_equal(a[start : start + BLOCK], b[start : start + BLOCK]) for start in range(0, a.size, BLOCK))
+    return mine.keys() == other.keys() and all(same_bits(mine[name], other[name]) for name in mine)
 
 
 def _same_dora(a: RowScale | ColumnScale | None, b: RowScale | ColumnScale | None) -> bool:
@@ -255,21 +260,39 @@ def _close_norms(a: LoraModule, b: LoraModule) -> tuple[float, float] | None:
         return None
     if (first.shape, first.rank) != (second.shape, second.rank):
         return None
-    up, down, other = exact(first.up), exact(first.down), exact(second.down)
-    off_up, off_down = up - exact(second.up) * (b.scale / a.scale), down - other
-    if max(_share(off_up, up), _share(off_down, down)) > _CLOSE:
+    down, down_off, off_down = _grams(_rows(first.down), _rows(second.down), 1.0)
+    up, up_off, off_up = _grams(_rows(first.up).T, _rows(second.up).T, b.scale / a.scale)
+    if any(np.trace(off) > _CLOSE**2 * np.trace(whole) for off, whole in ((off_up, up), (off_down, down))):
         return None
-    upper = up.T @ up
-    apart = np.sum(upper * (off_down @ off_down.T)) + np.sum((off_up.T @ off_up) * (other @ other.T))
-    squares = apart + 2 * np.sum((up.T @ off_up) * (off_down @ other.T))
+    # U·D − U'·D' = U·(D − D') + (U − U')·D'; and D', D' = D − (D − D').
+    other = down - down_off - down_off.T + off_down
+    apart = np.sum(up * off_down) + np.sum(off_up * other)
+    squares = apart + 2 * np.sum(up_off * (down_off.T - off_down))
     if squares < _CANCELLED * apart:
         return None
-    norm = math.sqrt(max(float(np.sum(upper * (down @ down.T))), 0.0))
+    norm = math.sqrt(max(float(np.sum(up * down)), 0.0))
     return abs(a.scale) * norm, abs(a.scale) * math.sqrt(float(squares))
 
 
-def _share(part: Float64, whole: Float64) -> float:
-    return _relative(float(np.linalg.norm(part)), float(np.linalg.norm(whole)))
+def _grams(one: Array, other: Array, ratio: float) -> tuple[Float64, Float64, Float64]:
+    """X·Xᵀ, X·Eᵀ and E·Eᵀ for X = `one` (r, n) and E = X − ratio · `other`, in blocks of columns."""
+    rank = one.shape[0]
+    whole, mixed, off = np.zeros((3, rank, rank))
+    same = ratio == 1.0 and same_bits(one, other)
+    block = max(1, _GRAM_NUMBERS // rank)
+    for start in range(0, one.shape[1], block):
+        x = one[:, start : start + block].astype(np.float64)
+        whole += x @ x.T
+        if not same:
+            e = x - ratio * other[:, start : start + block].astype(np.float64)
+            mixed += x @ e.T
+            off += e @ e.T
+    return whole, mixed, off
+
+
+def _rows(array: Array) -> Array:
+    """The array as a matrix: a convolution's kernel joins the last axis."""
+    return array.reshape(array.shape[0], -1)
 
 
 def _relative(apart: float, norm: float) -> float:

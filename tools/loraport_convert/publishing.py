@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from loraport.errors import DataError
 from loraport.files import write_atomic
 from loraport.lora.canonical import LoraFile, LoraModule
 from loraport.lora.dialect import WritableDialect
-from loraport.lora.lazy import LazyModules
+from loraport.lora.lazy import LazyModules, ReadAhead
 from loraport.lora.proof import ModuleProof, Proof, prove
 from loraport.lora.stacked import NotExact
 from loraport.lora.storage import read_tensors
@@ -172,13 +171,14 @@ def _write(source: LoraFile, target: Target, draft: Path, metadata: Mapping[str,
     lossy: dict[str, Loss] = {}
     kinds: set[str] = set()
     while True:
-        asked: deque[LoraModule] = deque(maxlen=1)
-        builders = {name: partial(_module, source, name, kinds, target, lossy, asked) for name in source.modules}
+        builders = {name: partial(_module, source, name, kinds, target, lossy) for name in source.modules}
         try:
-            target.writer.write(replace(source, modules=LazyModules(builders)), draft, target.dtype, metadata)
+            with ReadAhead(LazyModules(builders)) as modules:
+                target.writer.write(replace(source, modules=modules), draft, target.dtype, metadata)
         except NotExact:
             # The module that was being written; the error may know it by the name of the other format.
-            kind = asked[-1].factors.kind
+            assert modules.given is not None
+            kind = source.modules[modules.given].factors.kind
             if target.approximate is None or kind in kinds:
                 raise
             kinds.add(kind)
@@ -192,10 +192,8 @@ def _module(
     kinds: set[str],
     target: Target,
     lossy: dict[str, Loss],
-    asked: deque[LoraModule],
 ) -> LoraModule:
     module = source.modules[name]
-    asked.append(module)
     if not target.every and module.factors.kind not in kinds:
         return module
     made = whole(module) if target.approximate == "diff" else truncated(module, target.rank)

@@ -1,5 +1,6 @@
 import json
 import struct
+import time
 
 import ml_dtypes
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from loraport.errors import RunFolderError
 from loraport.lora import streaming
 from loraport.lora.storage import read_tensors
 from loraport.lora.streaming import replace_metadata, stream_tensors
@@ -81,3 +83,37 @@ def test_a_source_that_fails_half_way_leaves_the_old_file_and_no_draft(tmp_path)
         stream_tensors(target, failing(), {})
     assert target.read_bytes() == before
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("numbers", [0, 100, 40_000])
+def test_room_that_is_not_needed_takes_no_more_than_a_hundredth_of_the_file(tmp_path, numbers):
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": np.arange(numbers, dtype=np.float32), "b": np.ones((), np.float64)}
+    stream_tensors(path, tensors.items(), {}, room=9000)
+    assert_holds(path, tensors, {})
+    assert path.stat().st_size <= 4 * numbers * 1.01 + 300
+
+
+@pytest.mark.parametrize("failing", [0, 1, -1])
+def test_a_disk_that_fails_once_while_more_is_written_is_told(tmp_path, monkeypatch, failing):
+    count = 4
+    calls = []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) - 1 == failing % count:
+            raise OSError(5, "Input/output error")
+
+    def slowly():
+        for number in range(count):
+            while len(calls) < number:
+                time.sleep(0.001)
+            time.sleep(0.01)
+            yield str(number), np.ones(999, np.float32)
+
+    monkeypatch.setattr(streaming, "_SYNCED", 1000)
+    monkeypatch.setattr(streaming.os, "fsync", fsync)
+    with pytest.raises(RunFolderError, match=r"x\.safetensors cannot be written: Input/output error"):
+        stream_tensors(tmp_path / "x.safetensors", slowly(), {})
+    assert list(tmp_path.iterdir()) == []
+    assert len(calls) == failing % count + 1

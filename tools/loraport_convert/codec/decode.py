@@ -203,7 +203,8 @@ def _fused(name: str, moves: list[_Move], tensors: Tensors) -> LoraModule:
             by_row = isinstance(dora, RowScale)
             doras.append(replace(dora, trained=dora.trained[move.start : move.stop]) if by_row else dora)
     fused, scale = fuse(parts, moves[0].rows)
-    return LoraModule(name, fused, scale, _dora(name, doras, moves))
+    unscaled = len({part.scale for part in parts}) == 1  # then these are the numbers that have just been checked
+    return LoraModule(name, fused, scale, _dora(name, doras, moves), finite=unscaled)
 
 
 def _verbatim(name: str, moves: list[_Move], tensors: Tensors) -> LoraModule:

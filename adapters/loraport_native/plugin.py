@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +71,9 @@ class Native:
         from loraport_native.collect import collect
 
         return collect(spec, run_dir)
+
+    def score_command(self, job: Path) -> list[str]:
+        return [sys.executable, "-m", "loraport_native.evaluate", str(job)]
 
 
 @hookimpl

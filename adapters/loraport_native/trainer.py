@@ -3,13 +3,11 @@ loses nothing: it ends bit-identical to one that was never stopped."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +20,14 @@ from loraport_native.checkpoints import load_state, save_checkpoint, whole_check
 from loraport_native.data import Sample, TrainingSet, epoch_batches
 from loraport_native.device import free_memory_bytes, peak_memory_gib, peak_reserved_gib
 from loraport_native.distributed import ALONE, Group
+from loraport_native.held_out import case, case_count
 from loraport_native.lora import Adapter, Ema, Masters, write_adapter
 from loraport_native.models.ideogram4 import Ideogram4
 from loraport_native.optim import make_optimizer, make_schedule
 from loraport_native.recompute import recompute_what_must_be
+from loraport_native.seeds import derived_seed
 
 Emit = Callable[[Event], None]
-
-#: Held-out loss: the noise levels are the middles of this many equal shares of the training distribution.
-VALIDATION_LEVELS = 4
 
 
 class Stopped(Exception):
@@ -266,19 +263,9 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> None:
         """The held-out loss: each image at fixed noise and noise levels, the same in every run whatever its seed."""
-        levels = (torch.arange(VALIDATION_LEVELS, dtype=torch.float64) + 0.5) / VALIDATION_LEVELS
-        train, z = self.spec.train, torch.special.ndtri(levels).float()
-        values = torch.zeros(len(self.data.held_out) * VALIDATION_LEVELS, device=self.device)
-        for case in self.group.share(range(len(values))):
-            number, level = divmod(case, VALIDATION_LEVELS)
-            sample = self.data.held_out[number]
-            width, height = sample.bucket
-            generator = torch.Generator().manual_seed(derived_seed(0, "validation", number, level))
-            latents = self.data.latents(sample)[None]
-            noise = torch.randn(latents.shape, generator=generator)
-            sigma = torch.sigmoid(flow.shifted_mean(train.timestep_mean, width, height) + train.timestep_std * z[level])
-            grid = (height // 16, width // 16)
-            values[case] = self._losses(self._on_device(list(latents), noise, sigma[None], [sample.text], grid))[0]
+        values = torch.zeros(case_count(self.data), device=self.device)
+        for number in self.group.share(range(len(values))):
+            values[number] = self._losses(self._on_device(*case(self.data, self.spec.train, number)))[0]
         self.group.sum(values)
         mean_loss = values.double().mean().item()
         if not math.isfinite(mean_loss):
@@ -332,9 +319,3 @@ def pad_left(texts: list[Tensor]) -> tuple[Tensor, list[int] | None]:
     longest = max(lengths)
     padded = [torch.cat((text.new_zeros(longest - len(text), text.shape[1]), text)) for text in texts]
     return torch.stack(padded), lengths
-
-
-def derived_seed(seed: int, *what: Any) -> int:
-    """A 63-bit seed for one purpose, from the run's seed."""
-    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

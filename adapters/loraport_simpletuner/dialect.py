@@ -37,7 +37,8 @@ class SimpleTunerDialect:
             return 0.0
         if ALPHA in metadata:
             return 1.0
-        mine = sum(key.startswith((f"{PEFT}layers.", f"{LYCORIS}layers_")) for key in keys) / len(keys)
+        starts = (f"{PEFT}layers.", f"{LYCORIS}layers_")
+        mine = sum(key.startswith(starts) and _name(key) is not None for key in keys) / len(keys)
         split = any(".to_q." in key for key in keys)
         return 0.0 if split else 0.9 * mine
 

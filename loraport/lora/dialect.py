@@ -44,6 +44,16 @@ class AskingDialect(Dialect, Protocol):
 
 
 @runtime_checkable
+class FamilyDialect(Dialect, Protocol):
+    """A dialect that reads a file by the names of one model family, where it can be told which."""
+
+    def for_family(self, family: str) -> Dialect:
+        """The same dialect, that takes every file for one of this family. Raises DataError for a name it does not
+        know."""
+        ...
+
+
+@runtime_checkable
 class WritableDialect(Dialect, Protocol):
     """A dialect that can also be written."""
 
@@ -53,12 +63,12 @@ class WritableDialect(Dialect, Protocol):
         ...
 
 
-def detect_dialect(path: Path, dialects: Mapping[str, Dialect]) -> Dialect:
-    """The dialect that is surest that `path` is written in it. Raises DataError when none knows it."""
+def detect_dialect(path: Path, dialects: Mapping[str, Dialect], told: Mapping[str, str] | None = None) -> Dialect:
+    """The dialect that is surest that `path` is written in it; what somebody `told` counts as its metadata. Raises
+    DataError when none knows it."""
     tensors = read_tensors(path)
-    sure = {
-        name: dialect.detect(tensors.keys(), tensors.shapes, tensors.metadata) for name, dialect in dialects.items()
-    }
+    metadata = {**tensors.metadata, **(told or {})}
+    sure = {name: dialect.detect(tensors.keys(), tensors.shapes, metadata) for name, dialect in dialects.items()}
     best = max(sure, key=lambda name: sure[name], default=None)
     if best is None or sure[best] <= 0:
         some = ", ".join(list(tensors)[:3]) or "none"

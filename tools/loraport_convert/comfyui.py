@@ -16,10 +16,12 @@ on the user's device, so it is not compensated: 1.2e-7 / ‖W‖ of each row in 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -32,6 +34,7 @@ from loraport_convert.codec import keys
 from loraport_convert.codec.decode import FAMILY_KEY
 from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors
 from loraport_convert.codec.header import dora_of, factors_of, fields_of, measure
+from loraport_convert.dialects.base import known
 from loraport_convert.dtypes import cast
 from loraport_convert.families import FAMILIES
 from loraport_convert.families.detect import detect_family
@@ -44,6 +47,13 @@ class ComfyUI:
     """Reads and writes files the way ComfyUI interprets them."""
 
     name = "comfyui"
+    family: str | None = None  #: told by somebody; ComfyUI's names mean the same without it
+
+    def for_family(self, family: str) -> Self:
+        """The same dialect for files of this family. Raises DataError for one that is not known."""
+        told = copy.copy(self)
+        told.family = known(family)
+        return told
 
     def detect(
         self, keys: Collection[str], shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
@@ -54,7 +64,7 @@ class ComfyUI:
         if not mine:
             return 0.0
         share = len(mine) / len(keys)
-        return share if _are_native(mine, shapes) else 0.5 * share
+        return share if _are_native(mine, shapes, metadata.get(FAMILY_KEY)) else 0.5 * share
 
     def read(self, path: Path) -> LoraFile:
         """What ComfyUI makes of a file; keys it does not apply are in `unread`.
@@ -73,7 +83,7 @@ class ComfyUI:
                 name = prefixed.removeprefix(PREFIX)
                 sizes[name] = _measure(name, fields, tensors)
                 builders[name] = partial(_module, name, fields, tensors)
-        family = tensors.metadata.get(FAMILY_KEY) or _family(sizes)
+        family = tensors.metadata.get(FAMILY_KEY) or self.family or _family(sizes)
         return LoraFile(family, LazyModules(builders), tensors.metadata, tuple(unread))
 
     def write(self, lora: LoraFile, path: Path, dtype: str | None, metadata: Mapping[str, str]) -> None:
@@ -95,7 +105,7 @@ def _split(key: str) -> tuple[str, str] | None:
     return None if parts is None or parts[1] in keys.MAGNITUDES else parts
 
 
-def _are_native(mine: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def _are_native(mine: Collection[str], shapes: Mapping[str, tuple[int, ...]], told: str | None) -> bool:
     """Whether the names are those of the original model, as far as the family is known."""
     columns: dict[str, Shape] = {}
     for key in mine:
@@ -106,7 +116,7 @@ def _are_native(mine: Collection[str], shapes: Mapping[str, tuple[int, ...]]) ->
         columns.setdefault(name, (0, 0))
         if down and len(shape) > 1:
             columns[name] = (0, int(np.prod(shape[1:])))
-    family = _family(columns)
+    family = told if told in FAMILIES else _family(columns)
     return family is None or all(_native(FAMILIES[family], name) for name in columns)
 
 
@@ -165,7 +175,7 @@ def _dora_scale(dora: RowScale | ColumnScale, name: str) -> Array:
     elif dora.base_norm is None:
         raise DataError(
             f"LoRA module {name}: a DoRA needs the row norms of the base weights to be written for ComfyUI.",
-            hint="Give the base model that the LoRA was trained on.",
+            hint="Give the base model that the LoRA was trained on (loraport convert --base MODEL).",
         )
     else:
         scale = dora.gain() * dora.base_norm.astype(np.float64)

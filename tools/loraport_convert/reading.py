@@ -10,8 +10,10 @@ from pathlib import Path
 
 from loraport.errors import DataError
 from loraport.lora.canonical import LoraFile
-from loraport.lora.dialect import AskingDialect, Dialect, UnknownScale, detect_dialect
+from loraport.lora.dialect import AskingDialect, Dialect, FamilyDialect, UnknownScale, detect_dialect
 from loraport.lora.lazy import LazyModules
+from loraport_convert.codec.decode import FAMILY_KEY
+from loraport_convert.dialects.base import known
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
@@ -52,13 +54,20 @@ def lora_files(path: Path) -> list[Path]:
     return found
 
 
-def read_lora(path: Path, dialects: Mapping[str, Dialect], scale: Scale | None = None) -> Found:
-    """Read any LoRA. `scale` counts only where the file tells none itself.
+def read_lora(
+    path: Path, dialects: Mapping[str, Dialect], scale: Scale | None = None, family: str | None = None
+) -> Found:
+    """Read any LoRA. `scale` and `family` count only where the file does not tell them itself.
 
-    Raises DataError when no dialect knows the file, it is damaged, or nothing tells its scale.
+    Raises DataError when no dialect knows the file, it is damaged, nothing tells its scale, or it says that it is of
+    another family.
     """
     path = lora_file(path)
-    dialect = detect_dialect(path, dialects)
+    dialect = detect_dialect(path, dialects, None if family is None else {FAMILY_KEY: known(family)})
+    if family is not None:
+        if not isinstance(dialect, FamilyDialect):
+            raise DataError(f"{path} is written in {dialect.name}, which cannot be told a family (--family).")
+        dialect = dialect.for_family(family)
     try:
         return Found(path, dialect, dialect.read(path), asked=False)
     except UnknownScale:

@@ -57,15 +57,16 @@ class _Move:
         return self.to + self.stop - self.start
 
 
-def decode(path: Path, told: Told, hint: str | None = None) -> LoraFile:
+def decode(path: Path, told: Told, hint: str | None = None, family_told: str | None = None) -> LoraFile:
     """The LoRA in a file, its modules under native names; `told` gives the scale of modules without an alpha tensor.
 
-    Where the family is not known, the names stay as they are in the file, without prefixes. Raises DataError when a
-    module is not whole, and UnknownScale, with `hint` on where the scale may be, when nothing tells it.
+    Where the family is not known, neither from the file nor as `family_told`, the names stay as they are in the file,
+    without prefixes. Raises DataError when a module is not whole, or when names with underscores for dots are of no
+    known family, and UnknownScale, with `hint` on where the scale may be, when nothing tells it.
     """
     tensors = read_tensors(path)
     sources, unread = _sources(tensors, told, hint)
-    family = _family(tensors.metadata, sources)
+    family = _family(tensors, sources, family_told)
     moves: dict[str, list[_Move]] = {}
     for source in sources:
         spans = _spans(family, source)
@@ -127,12 +128,28 @@ def _sources(tensors: Tensors, told: Told, hint: str | None) -> tuple[list[_Sour
     return sources, unread
 
 
-def _family(metadata: Mapping[str, str], sources: list[_Source]) -> ModuleMap | None:
-    if (told := metadata.get(FAMILY_KEY)) in FAMILIES:
+def _family(tensors: Tensors, sources: list[_Source], said: str | None) -> ModuleMap | None:
+    told = tensors.metadata.get(FAMILY_KEY)
+    if told in FAMILIES:
+        if said not in (None, told):
+            raise DataError(
+                f"{tensors.path} says that it is of the family {told}, not {said}.", hint="Leave --family out."
+            )
         return FAMILIES[told]
+    if said is not None:
+        return FAMILIES[said]
     shapes = {(each.module.name, each.module.flat): each.shape for each in sources if each.module.part == MODEL}
     if shapes:
-        return detect_family(shapes)
+        family = detect_family(shapes)
+        flat = next((name for name, flat in shapes if flat), None)
+        if family is None and flat is not None:
+            raise DataError(
+                f"{tensors.path} has underscores for dots in its names, such as {flat}, and those of no family that "
+                "LoraPort knows; which modules they mean cannot be told.",
+                hint=f"Name the family with --family: {', '.join(FAMILIES)}. A file made for ComfyUI may load there "
+                "as it is.",
+            )
+        return family
     # Text encoders alone: two of CLIP are SDXL's, one is that of SD 1.5.
     encoders = {source.module.part for source in sources}
     return FAMILIES["sdxl" if "te2" in encoders else "sd15"] if encoders <= {"te1", "te2"} else None

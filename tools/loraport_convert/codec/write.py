@@ -18,6 +18,7 @@ from loraport.lora.canonical import Array, ColumnScale, LoraFile, LoraModule, Lo
 from loraport.lora.stacked import NotExact, Part
 from loraport.lora.streaming import replace_metadata, stream_tensors
 from loraport_convert.codec import keys
+from loraport_convert.codec.decode import FAMILY_KEY
 from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors, narrow
 from loraport_convert.codec.rows import cut, fuse, scaled, without_idle_rank
 from loraport_convert.codec.scale import ADAPTER_METADATA
@@ -43,7 +44,7 @@ def write_peft(lora: LoraFile, path: Path, dtype: str | None, metadata: Mapping[
 
     with atomic_path(path) as draft:
         stream_tensors(draft, tensors(), {})
-        replace_metadata(draft, {**metadata, ADAPTER_METADATA: configs.text(), "format": "pt"})
+        replace_metadata(draft, {**_stated(metadata, family), ADAPTER_METADATA: configs.text()})
 
 
 def write_peft_adapter(lora: LoraFile, path: Path, dtype: str | None, metadata: Mapping[str, str]) -> None:
@@ -63,7 +64,7 @@ def write_peft_adapter(lora: LoraFile, path: Path, dtype: str | None, metadata: 
             for ending, array in _peft_tensors(module, dtype).items():
                 yield f"base_model.model.{name}{ending}", array
 
-    stream_tensors(path, tensors(), {**metadata, "format": "pt"})
+    stream_tensors(path, tensors(), _stated(metadata, family))
     config = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True, **configs.of("")}
     write_atomic(path.with_name(CONFIG), json.dumps(config, indent=2) + "\n")
 
@@ -83,7 +84,7 @@ def write_kohya(lora: LoraFile, path: Path, dtype: str | None, metadata: Mapping
             if module.dora is not None:
                 yield flat + keys.DORA_SCALE, dora_shaped(_magnitude(module), module.dora)
 
-    stream_tensors(path, tensors(), {**metadata, "format": "pt"})
+    stream_tensors(path, tensors(), _stated(metadata, family))
 
 
 def write_ai_toolkit(lora: LoraFile, path: Path, dtype: str | None, metadata: Mapping[str, str]) -> None:
@@ -111,7 +112,7 @@ def write_ai_toolkit(lora: LoraFile, path: Path, dtype: str | None, metadata: Ma
 
     with atomic_path(path) as draft:
         stream_tensors(draft, tensors(), {})
-        replace_metadata(draft, {**metadata, ADAPTER_METADATA: configs.text(), "format": "pt"})
+        replace_metadata(draft, {**_stated(metadata, family), ADAPTER_METADATA: configs.text()})
     return None
 
 
@@ -157,6 +158,11 @@ def _family(lora: LoraFile) -> ModuleMap:
             f"Known: {', '.join(FAMILIES)}."
         )
     return FAMILIES[lora.family]
+
+
+def _stated(metadata: Mapping[str, str], family: ModuleMap) -> dict[str, str]:
+    """The metadata, with the family, which small or partial files do not tell by their names."""
+    return {**metadata, FAMILY_KEY: family.name, "format": "pt"}
 
 
 def _by_part(lora: LoraFile, family: ModuleMap) -> Iterator[tuple[str, str, LoraModule]]:

@@ -13,7 +13,9 @@ from loraport.errors import DataError
 from loraport_convert.commands.options import (
     Alpha,
     AssumeAlpha,
+    Base,
     DtypeOption,
+    FamilyName,
     Overwrite,
     To,
     dtype_of,
@@ -45,6 +47,13 @@ Rank = Annotated[int, typer.Option("--rank", min=1, help="The rank of --approxim
 Only = Annotated[
     str | None, typer.Option("--only", metavar="PATTERN", help="Only modules whose whole name matches this expression.")
 ]
+DoraAs = Annotated[
+    Literal["rescale", "diff"],
+    typer.Option(
+        "--dora",
+        help="With --base. rescale: a DoRA by ComfyUI's rule. diff: its whole change; large, for any version.",
+    ),
+]
 
 
 def add_commands(cli: typer.Typer) -> None:
@@ -55,6 +64,9 @@ def add_commands(cli: typer.Typer) -> None:
         to: To = "comfyui",
         alpha: Alpha = None,
         assume_alpha: AssumeAlpha = None,
+        family: FamilyName = None,
+        base: Base = None,
+        dora: DoraAs = "rescale",
         dtype: DtypeOption = "keep",
         only: Only = None,
         approximate: Approximation = None,
@@ -64,11 +76,14 @@ def add_commands(cli: typer.Typer) -> None:
     ) -> None:
         """Convert LoRA files, each with a proof that it still means the same. No input is ever changed."""
         from loraport.plugins import plugins
+        from loraport_convert.base_weights import with_base
         from loraport_convert.publishing import Target, check_target, publish
         from loraport_convert.reading import lora_file, lora_files, read_lora
         from loraport_convert.reading import only as only_modules
 
         scale, writer = scale_of(alpha, assume_alpha), writer_named(to)
+        if dora == "diff" and base is None:
+            raise DataError("--dora diff needs the base weights.", hint="Give them with --base MODEL.")
         dialects = plugins().dialects()
         folder = len(files) > 1 or lora_file(files[0]).is_dir()
         sources = [
@@ -84,8 +99,10 @@ def add_commands(cli: typer.Typer) -> None:
             try:
                 target = Target(place, writer, dtype_of(dtype), overwrite, approximate, rank)
                 check_target(target, sources)
-                found = read_lora(source, dialects, scale)
+                found = read_lora(source, dialects, scale, family)
                 lora = found.lora if only is None else only_modules(found.lora, only)
+                if base is not None:
+                    lora = with_base(lora, base, dora)
                 published = publish(lora, target, sources)
             except DataError as error:
                 if len(jobs) == 1:

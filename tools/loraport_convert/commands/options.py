@@ -23,6 +23,13 @@ AssumeAlpha = Annotated[
     Literal["rank"] | None,
     typer.Option("--assume-alpha", help="Take alpha for the rank (scale 1) where the file does not tell it."),
 ]
+FamilyName = Annotated[
+    str | None, typer.Option("--family", metavar="NAME", help="The model's family, for a file that does not tell it.")
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(metavar="MODEL", help="What a DoRA was trained on: a checkpoint, or a folder of diffusers'."),
+]
 To = Annotated[str, typer.Option("--to", help="What to write: comfyui, peft, diffusers, kohya or ai-toolkit.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the written factors. keep: each tensor's own.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists (never an input).")]

@@ -8,7 +8,7 @@ import typer
 
 from loraport.cli.options import AsJson
 from loraport.errors import DifferentError
-from loraport_convert.commands.options import Alpha, AssumeAlpha, LoraPath, scale_of
+from loraport_convert.commands.options import Alpha, AssumeAlpha, Base, FamilyName, LoraPath, scale_of
 
 _SHOWN = 10
 
@@ -16,7 +16,13 @@ _SHOWN = 10
 def add_commands(cli: typer.Typer) -> None:
     @cli.command()
     def verify(
-        a: LoraPath, b: LoraPath, alpha: Alpha = None, assume_alpha: AssumeAlpha = None, as_json: AsJson = False
+        a: LoraPath,
+        b: LoraPath,
+        alpha: Alpha = None,
+        assume_alpha: AssumeAlpha = None,
+        family: FamilyName = None,
+        base: Base = None,
+        as_json: AsJson = False,
     ) -> None:
         """Say whether two files are the same adapter: the same modules, each changed by the same amount.
 
@@ -24,11 +30,15 @@ def add_commands(cli: typer.Typer) -> None:
         """
         from loraport.lora.proof import prove
         from loraport.plugins import plugins
+        from loraport_convert.base_weights import with_base
         from loraport_convert.reading import read_lora
 
         scale, dialects = scale_of(alpha, assume_alpha), plugins().dialects()
-        first, second = (read_lora(path, dialects, scale) for path in (a, b))
-        proof = prove(first.lora, second.lora, both_rounded=True)
+        first, second = (read_lora(path, dialects, scale, family) for path in (a, b))
+        files = [first.lora, second.lora]
+        if base is not None:
+            files = [with_base(each, base, "diff") for each in files]
+        proof = prove(files[0], files[1], both_rounded=True)
         if as_json:
             text = {"a": first.dialect.name, "b": second.dialect.name} | proof.to_json()
             typer.echo(json.dumps(text, indent=2, ensure_ascii=False))

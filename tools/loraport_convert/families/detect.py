@@ -33,7 +33,7 @@ def detect_family(modules: Mapping[Named, Shape]) -> ModuleMap | None:
         raise DataError(
             f"The modules could be those of {' or '.join(family.name for family in fitting)}: the names fit each, and "
             "the sizes none.",
-            hint="Give a file of the whole model; LoraPort's own files name the family in their metadata.",
+            hint="Say which it is with --family NAME.",
         )
     return fitting[0]
 

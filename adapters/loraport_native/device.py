@@ -6,9 +6,11 @@ import os
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loraport.errors import SpecError
 from loraport.gpu import FP8_CAPABILITY
@@ -85,6 +87,21 @@ def peak_memory_gib(device: torch.device) -> float:
 def peak_reserved_gib(device: torch.device) -> float | None:
     """Most memory so far that torch's allocator held of a CUDA card, GiB; None elsewhere."""
     return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
+
+
+def read_later(values: Tensor) -> Callable[[], list[float]]:
+    """Begin to copy a vector to the host; the function returned waits for the copy, and for nothing queued since."""
+    if values.device.type != "cuda":
+        return values.tolist  # type: ignore[no-any-return]
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return list(copy.tolist())
+
+    return read
 
 
 def restart_peak(device: torch.device) -> None:

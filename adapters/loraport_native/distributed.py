@@ -16,7 +16,7 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraport_native.ranks import PeerLost, Place
 
@@ -48,16 +48,6 @@ class Group:
         if self.size > 1:
             with _peers():
                 dist.all_reduce(values)
-
-    def sum_gradients(self, weights: list[nn.Parameter], others: Tensor) -> None:
-        """Replace the float32 gradients of `weights`, and `others`, by their sums over all processes."""
-        if self.size == 1:
-            return
-        summed = [weight.grad for weight in weights if weight.grad is not None] + [others]
-        flat = torch.cat([tensor.reshape(-1) for tensor in summed])
-        self.sum(flat)
-        parts = flat.split([tensor.numel() for tensor in summed])
-        torch._foreach_copy_(summed, [part.view_as(tensor) for part, tensor in zip(parts, summed, strict=True)])
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""

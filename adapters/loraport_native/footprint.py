@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from loraport.errors import DataError
 from loraport.families import BYTES_PER_TOKEN, matches
 from loraport.footprint import Footprint, Phase
+from loraport.sets import image_sets, largest_resolution
 
 if TYPE_CHECKING:
     from loraport.families import Dimensions, Family
@@ -65,14 +66,14 @@ def predict(spec: TrainSpec, family: Family, room_gib: float | None = None) -> F
     phases = [run.images(), run.captions(), run.training(room_gib)]
     if spec.sample.every:
         phases.append(run.samples())
-    assumes = {"text_tokens": text_tokens, "resolution": spec.dataset.resolution, "batch_size": spec.train.batch_size}
+    assumes = {"text_tokens": text_tokens, "resolution": run.resolution, "batch_size": spec.train.batch_size}
     return Footprint(phases, assumes, room_gib, binding=not options.get("ignore_memory_prediction", False))
 
 
 def longest_caption(spec: TrainSpec) -> int:
     """Tokens of the longest caption, by the sizes of the files; `ASSUMED_TEXT_TOKENS` where there are none."""
-    folder, extension = spec.dataset.path, spec.dataset.caption_ext
-    files = folder.rglob(f"*.{extension}") if folder.is_dir() else ()
+    sets = [one for one in image_sets(spec.dataset) if one.path.is_dir()]
+    files = (file for one in sets for file in one.path.rglob(f"*.{one.caption_ext}"))
     largest = max((file.stat().st_size for file in files), default=0)
     tokens = largest // BYTES_PER_TOKEN if largest else ASSUMED_TEXT_TOKENS
     return min(tokens, spec.dataset.max_text_tokens)
@@ -100,13 +101,14 @@ class Run:
         self.masters = spec.model.dtype != "fp32"  #: whether the optimizer steps float32 copies of the live factors
         self.patterns = family.target_patterns(spec.lora.targets)
         self.compiled = spec.memory.compile != "none"
-        self.image_tokens = spec.dataset.resolution**2 // family.side_multiple**2
+        self.resolution = largest_resolution(spec.dataset)
+        self.image_tokens = self.resolution**2 // family.side_multiple**2
         self.trained = trained_parameters(spec.lora, dimensions.matched(self.patterns))
 
     def images(self) -> Phase:
         """The VAE in float32 and one image's activations; an image that finds no room is encoded on the CPU."""
         weights = 4 * self.dimensions.vae_parameters
-        activations = 4 * VAE_ENCODES * self.dimensions.vae_channels * self.spec.dataset.resolution**2
+        activations = 4 * VAE_ENCODES * self.dimensions.vae_channels * self.resolution**2
         return _phase("encoding images", {"VAE": weights, "activations": activations}, "lower dataset.resolution")
 
     def captions(self) -> Phase:
@@ -148,7 +150,7 @@ class Run:
         if sample.guidance != 1:
             second = self._frozen() + of.text_features * of.width * self.number
             terms["unconditional transformer"] = second
-        tokens = self.text_tokens + pixels // (self.spec.dataset.resolution**2 // self.image_tokens)
+        tokens = self.text_tokens + pixels // (self.resolution**2 // self.image_tokens)
         forward = FORWARD * tokens * of.width * self.number
         terms["VAE"] = of.vae_parameters * self.number
         terms["activations"] = max(forward, VAE_DECODES * of.vae_channels * pixels * self.number)
@@ -170,8 +172,8 @@ class Run:
         moments: list[dict[str, float]] = [
             {"activations": on_device * each + recomputed, "work": work, "gradients": waiting},
             {"activations": max(each, recomputed), "work": work, "gradients": waiting + live},
-            # Summed in float32 from the live ones; then, with several GPUs, gathered flat to be sent.
-            {"gradients": summed + (summed if self.spec.train.gpus > 1 else live if self.masters else 0)},
+            # Collected in float32 from the live ones.
+            {"gradients": summed + live},
         ]
         fullest = max(moments, key=lambda moment: sum(moment.values()))
         return _phase("training", self._always() | fullest, "lower dataset.resolution, train.batch_size or lora.rank")

@@ -7,6 +7,7 @@ dict `<module>.<factor>` → tensor, with the module's own name in the model.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _PEFT_FACTORS = {
     "lora_B.default.weight": "lora_B",
     "lora_magnitude_vector.default.weight": "magnitude",
 }
+_ALIGNMENT = 256  # numbers; as many as 8-bit optimizers keep one scale for, so that no two factors share one
 
 
 @dataclass
@@ -173,35 +175,49 @@ class Masters:
     """Full-precision copies of the adapter's parameters, which the optimizer updates.
 
     A model that computes in bf16 would lose small updates if its own bf16 factors were stepped. When the factors are
-    float32 already, the masters are the factors themselves and nothing is copied.
+    float32 already, the masters are the factors themselves.
+
+    They lie in one tensor, `flat`, of which `weights` are views, and so do their gradients: clipping, summing over GPUs
+    and stepping are then a kernel each, not one for each of hundreds of factors. Each begins at a multiple of
+    `_ALIGNMENT` numbers; what is between them is zero and stays so.
     """
 
     def __init__(self, adapter: Adapter, dtype: torch.dtype):
         self.names = list(adapter.factors)
         self.shared = dtype == torch.float32
         self.live = adapter.parameters()
+        starts = [0]
         for parameter in self.live:
-            parameter.data = parameter.data.float()
-        if self.shared:
-            self.weights = self.live
-        else:
-            self.weights = [nn.Parameter(parameter.detach().clone()) for parameter in self.live]
-            for parameter in self.live:
-                parameter.data = parameter.data.to(dtype)
+            starts.append(math.ceil((starts[-1] + parameter.numel()) / _ALIGNMENT) * _ALIGNMENT)
+        self.places = [(start, parameter.shape) for start, parameter in zip(starts, self.live, strict=False)]
+        self.flat = nn.Parameter(torch.zeros(starts[-1], device=self.live[0].device))
+        views = self._views(self.flat.detach())
+        torch._foreach_copy_(views, [parameter.detach() for parameter in self.live])
+        for parameter, view in zip(self.live, views, strict=True):
+            parameter.data = view if self.shared else parameter.data.to(dtype)
+        self.weights = self.live if self.shared else [nn.Parameter(view) for view in views]
+
+    def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        return [flat[start : start + shape.numel()].view(shape) for start, shape in self.places]
 
     def collect_gradients(self) -> None:
         """Add the live gradients to the masters' in float32 and clear the live ones."""
-        if self.shared:
-            return
-        gradients = _gradients(self.live)
-        if self.weights[0].grad is None:
-            for master in self.weights:
-                master.grad = torch.empty_like(master)
-            torch._foreach_copy_(_gradients(self.weights), gradients)
-        else:
-            torch._foreach_add_(_gradients(self.weights), [gradient.float() for gradient in gradients])
-        for live in self.live:
-            live.grad = None
+        if self.flat.grad is None:
+            self.flat.grad = torch.zeros_like(self.flat)
+            views = self._views(self.flat.grad)
+            torch._foreach_copy_(views, _gradients(self.live))
+            for master, view in zip(self.weights, views, strict=True):
+                master.grad = view
+        elif not self.shared:  # else autograd has added to them in place
+            torch._foreach_add_(_gradients(self.weights), [gradient.float() for gradient in _gradients(self.live)])
+        if not self.shared:
+            for live in self.live:
+                live.grad = None
+
+    def forget_gradients(self) -> None:
+        """Give the gradients' memory back."""
+        for parameter in (self.flat, *self.weights):
+            parameter.grad = None
 
     @torch.no_grad()
     def publish(self, weights: list[torch.Tensor] | None = None) -> None:

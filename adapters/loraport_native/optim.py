@@ -11,6 +11,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from loraport.spec.models import TrainSection
 
 
+def wants_shapes(train: TrainSection) -> bool:
+    """Whether the optimizer treats rows and columns apart; the others see numbers only, and may have them flat."""
+    return train.optimizer == "adafactor"
+
+
 def make_optimizer(parameters: list[nn.Parameter], train: TrainSection) -> torch.optim.Optimizer:
     """The optimizer of the spec over float32 parameters.
 
@@ -37,8 +42,7 @@ def make_optimizer(parameters: list[nn.Parameter], train: TrainSection) -> torch
 
 
 def _adamw8bit() -> type[torch.optim.Optimizer]:
-    """bitsandbytes' AdamW8bit, whose `step` (0.50.2) waits for the device after each of an adapter's hundreds of
-    tensors; this one queues them all."""
+    """bitsandbytes' AdamW8bit, whose `step` (0.50.2) waits for the device; this one goes on."""
     from bitsandbytes.optim import AdamW8bit
 
     class QueuedAdamW8bit(AdamW8bit):

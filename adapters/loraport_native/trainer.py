@@ -18,12 +18,12 @@ from loraport.spec.models import TrainSpec
 from loraport_native import flow
 from loraport_native.checkpoints import load_state, save_checkpoint, whole_checkpoints
 from loraport_native.data import Sample, TrainingSet, epoch_batches
-from loraport_native.device import free_memory_bytes, peak_memory_gib, peak_reserved_gib
+from loraport_native.device import free_memory_bytes, peak_memory_gib, peak_reserved_gib, read_later
 from loraport_native.distributed import ALONE, Group
 from loraport_native.held_out import case, case_count
 from loraport_native.lora import Adapter, Ema, Masters, write_adapter
 from loraport_native.models.ideogram4 import Ideogram4
-from loraport_native.optim import make_optimizer, make_schedule
+from loraport_native.optim import make_optimizer, make_schedule, wants_shapes
 from loraport_native.recompute import recompute_what_must_be
 from loraport_native.seeds import derived_seed
 
@@ -66,7 +66,8 @@ class Trainer:
         self.group = group
         self.device = model.embed_image_indicator.weight.device
         self.masters = Masters(adapter, model.dtype)
-        self.optimizer = make_optimizer(self.masters.weights, spec.train)
+        stepped = self.masters.weights if wants_shapes(spec.train) else [self.masters.flat]
+        self.optimizer = make_optimizer(stepped, spec.train)
         self.schedule = make_schedule(self.optimizer, spec.train)
         self.ema = Ema(self.masters, spec.train.ema_decay) if spec.train.ema_decay else None
         self.step = 0
@@ -146,27 +147,32 @@ class Trainer:
                 self._draw_ahead(indices[part] + self.group.size)  # while the device still computes
             self.masters.collect_gradients()
             losses[part] = loss.detach()
-        self.group.sum_gradients(self.masters.weights, losses)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.weights, train.max_grad_norm or math.inf)
-        value, norm_value = losses.sum().item(), norm.item()
-        if not (math.isfinite(value) and math.isfinite(norm_value)):
-            suspects = [batch for loss, batch in zip(losses, batches, strict=True) if not loss.isfinite()]
-            bad, every = ([sample for batch in some for sample in batch] for some in (suspects, batches))
-            raise self._diverged("loss" if bad else "gradient", self.step + 1, bad or every)
+        gradients = self.masters.flat.grad
+        assert gradients is not None
+        for values in (gradients, losses):
+            self.group.sum(values)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.flat, train.max_grad_norm or math.inf)
+        told = read_later(torch.cat((losses, norm[None])))
         rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.masters.forget_gradients()
         self.masters.publish()
         if self.ema:
             self.ema.update(self.masters)
+        # Only now, so that the device has work while the host waits, tells, and queues the next step.
+        *parts_losses, norm_value = told()
+        if not all(map(math.isfinite, (*parts_losses, norm_value))):
+            suspects = [batch for value, batch in zip(parts_losses, batches, strict=True) if not math.isfinite(value)]
+            bad, every = ([sample for batch in some for sample in batch] for some in (suspects, batches))
+            raise self._diverged("loss" if bad else "gradient", self.step + 1, bad or every)
         self.step += 1
         seconds = time.perf_counter() - started
         self.emit(
             Step(
                 step=self.step,
                 total=train.steps,
-                loss=value,
+                loss=sum(parts_losses),
                 lr=rate,
                 seconds=seconds,
                 images_per_second=sum(map(len, batches)) / seconds,
@@ -194,7 +200,7 @@ class Trainer:
         train = self.spec.train
         generator = torch.Generator().manual_seed(derived_seed(train.seed, "train", index))
         width, height = batch[0].bucket
-        dropped = torch.rand(len(batch), generator=generator) < self.spec.dataset.caption_dropout
+        dropped = torch.rand(len(batch), generator=generator) < torch.tensor([one.caption_dropout for one in batch])
         sigma = flow.sample_sigma(
             len(batch), flow.shifted_mean(train.timestep_mean, width, height), train.timestep_std, generator
         )

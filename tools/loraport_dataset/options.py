@@ -1,0 +1,45 @@
+"""Options that the commands which write captions share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from loraport.rules import Setting
+
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The folder with the images, searched with its subfolders.")
+]
+OutFolder = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="OUT", help="The new folder: images with their captions.")
+]
+TriggerWord = Annotated[
+    str | None, typer.Option("--trigger-word", metavar="WORD", help="Put it into the captions that lack it.")
+]
+CaptionExt = Annotated[
+    Literal["json", "txt", "caption"] | None,
+    typer.Option("--caption-ext", help="Extension of the caption files; the one that most images have when left out."),
+]
+FamilyName = Annotated[
+    str | None, typer.Option("--family", help="The model family that the captions are for; ideogram4 when left out.")
+]
+ImagesOption = Annotated[
+    Literal["copy", "hardlink", "symlink"], typer.Option("--images", help="How the images come into OUT.")
+]
+
+
+def read_setting(folder: Path, family: str | None, caption_ext: str | None, trigger_word: str | None) -> Setting:
+    """What the folder is for; without `caption_ext`, captions have the extension that most of them have.
+
+    Raises DataError for what is no folder of images, SpecError for an unknown family or an empty trigger word.
+    """
+    from loraport.errors import SpecError
+    from loraport_dataset.sources import Said, folder_source
+
+    if trigger_word is not None and not trigger_word.strip():
+        raise SpecError("--trigger-word is empty.", hint="Leave it out, or give the word.")
+    said = Said(family=family, caption_ext=caption_ext, trigger_word=trigger_word)
+    return folder_source(folder, said).setting

@@ -81,7 +81,9 @@ class ScannedImage:
     frames: int = 1  #: 2 means several, uncounted
     unreadable: tuple[str, str] | None = None  #: why it does not open, and the fix
     caption: Caption | None = None  #: None when there is neither a file nor a default
+    similar_captions: tuple[str, ...] = ()  #: without a file: those whose names are almost right
     pixels: PIL.Image.Image | None = field(default=None, repr=False)  #: RGB, upright; only where they were asked for
+    damage: str = ""  #: why they were asked for in vain
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +92,8 @@ class StrayFile:
 
     path: Path
     name: str
-    #: a caption without an image; an image of a format that is not read; a folder or file that cannot be looked at;
-    #: a link that leads to a folder that was searched already, or nowhere
-    kind: Literal["caption", "image", "unreadable", "link"]
-    detail: str = ""  #: for `unreadable` and `link`: why
+    kind: Literal["caption", "image", "unreadable"]  #: of no image; of a format that is not read; cannot be looked at
+    detail: str = ""  #: for `unreadable`: why
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class CaptionRule(Rule):
 class ImageRule(Rule):
     """Looks at one image; `image.caption` is checked by caption rules already."""
 
-    needs_pixels: ClassVar[bool] = False  #: only called when pixels were asked for and could be read
+    needs_pixels: ClassVar[bool] = False  #: only checked when pixels were asked for
 
     def check(self, image: ScannedImage, setting: Setting) -> Iterable[Problem]:
         raise NotImplementedError

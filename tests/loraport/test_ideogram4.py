@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraport.ideogram4 import place_trigger
+from loraport.rules import Finding
 from loraport_dataset.captions import check_caption
 
 QUICKSTART = sorted((Path(__file__).parents[2] / "examples" / "quickstart" / "images").glob("*.json"))
@@ -40,6 +41,11 @@ def captions(draw: st.DrawFn) -> dict[str, Any]:
     return {**caption, "compositional_deconstruction": draw(_composition)}
 
 
+def errors(caption: str) -> list[Finding]:
+    """What breaks the official rules; whether random words make sense is no matter here."""
+    return [finding for finding in check_caption(caption) if finding.severity == "error"]
+
+
 def compact(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
@@ -55,9 +61,9 @@ def texts(value: Any) -> list[str]:
 @given(captions(), st.sampled_from(["mp_buggy", 'qu"ote', "back\\slash", "狗", "photo", "type"]))
 def test_a_valid_caption_stays_valid_and_says_the_word(content: dict[str, Any], word: str) -> None:
     caption = compact(content)
-    assert check_caption(caption) == []
+    assert errors(caption) == []
     placed = place_trigger(caption, word)
-    assert check_caption(placed) == []
+    assert errors(placed) == []
     assert any(word in text for text in texts(json.loads(placed)))
     assert place_trigger(placed, word) == placed
 
@@ -96,7 +102,7 @@ def test_with_neither_the_word_becomes_the_description_and_comes_first() -> None
     caption = compact({"compositional_deconstruction": {"background": "a wall", "elements": []}})
     placed = place_trigger(caption, "rex")
     assert placed.startswith('{"high_level_description":"rex",')
-    assert check_caption(placed) == []
+    assert errors(placed) == []
 
 
 @pytest.mark.parametrize(

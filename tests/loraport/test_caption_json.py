@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from loraport_dataset.parsing import CaptionSyntaxError, JsonObject, parse
+from loraport.caption_json import CaptionSyntaxError, JsonObject, parse
 
 
 @pytest.mark.parametrize(

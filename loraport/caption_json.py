@@ -1,17 +1,23 @@
-"""Reading a caption's JSON strictly, with errors that say what the person did."""
+"""Captions as they are written: which are meant as JSON, and reading that strictly, with errors that say the fix."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
+
+from loraport.rules import Caption
 
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')
 
 
 class CaptionSyntaxError(ValueError):
-    """The text is not JSON; the message has line, column and the fix."""
+    """The text is not JSON. `message` has line and column, `fix` what to do; as a string, it is both."""
+
+    def __init__(self, message: str, fix: str):
+        super().__init__(f"{message} {fix}")
+        self.message, self.fix = message, fix
 
 
 class JsonObject(dict[str, Any]):
@@ -23,6 +29,35 @@ class JsonObject(dict[str, Any]):
         self.repeated = [key for key, count in counts.items() if count > 1]
 
 
+def make_caption(name: str, text: str, caption_format: Literal["json", "text"], encoding: str = "utf-8") -> Caption:
+    """The record of a caption's text, parsed where it is meant as JSON: in a `.json` file, or for a family whose
+    captions are JSON (`Family.caption_format`) by its looks."""
+    meant = name.lower().endswith(".json") or (caption_format == "json" and looks_like_json(text))
+    if not meant or not text.strip():
+        return Caption(name, text, encoding=encoding)
+    try:
+        return Caption(name, text, parse(text), encoding=encoding)
+    except CaptionSyntaxError as error:
+        return Caption(name, text, syntax=(error.message, error.fix), encoding=encoding)
+
+
+def looks_like_json(text: str) -> bool:
+    """Whether a text is meant as JSON, also with something in front that must not be there."""
+    return "{" in text and text.rstrip().endswith("}")
+
+
+def json_after(text: str) -> tuple[str, str] | None:
+    """(what stands before the JSON, the JSON) of a caption that would be one without it; else None."""
+    brace = text.find("{")
+    if brace <= 0 or not text[:brace].strip("\ufeff \t\r\n"):
+        return None
+    try:
+        parse(text[brace:])
+    except CaptionSyntaxError:
+        return None
+    return text[:brace].strip(), text[brace:]
+
+
 def parse(text: str) -> Any:
     """The value that `text` holds, its objects as `JsonObject`.
 
@@ -32,13 +67,14 @@ def parse(text: str) -> Any:
         return json.loads(text, object_pairs_hook=JsonObject, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise CaptionSyntaxError(f"Not valid JSON at {place}: {error.msg}. {_advice(text, error)}") from error
+        raise CaptionSyntaxError(f"Not valid JSON at {place}: {error.msg}.", _advice(text, error)) from error
     except RecursionError as error:
-        raise CaptionSyntaxError("Nested too deeply to be a caption: objects and lists go four deep.") from error
+        raise CaptionSyntaxError("Nested too deeply to be a caption.", "Objects and lists go four deep.") from error
     except _NotANumber as error:
-        raise CaptionSyntaxError(f"Not valid JSON at {_place_of_constant(text)}: {error}.") from error
+        message = f"Not valid JSON at {_place_of_constant(text)}: {error} is no number."
+        raise CaptionSyntaxError(message, "Write a number, or take the key out.") from error
     except ValueError as error:  # Python refuses to read whole numbers of thousands of digits.
-        raise CaptionSyntaxError("Not a caption: a number has thousands of digits. Shorten it.") from error
+        raise CaptionSyntaxError("Not a caption: a number has thousands of digits.", "Shorten it.") from error
 
 
 class _NotANumber(ValueError):
@@ -46,7 +82,7 @@ class _NotANumber(ValueError):
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _NotANumber(f"{name} is no number. Write one, or take the key out")
+    raise _NotANumber(name)
 
 
 def _place_of_constant(text: str) -> str:
@@ -63,10 +99,7 @@ def _advice(text: str, error: json.JSONDecodeError) -> str:
         return "Save the file as UTF-8 without a byte order mark."
     brace = text.find("{")
     if brace > 0 and text[:brace].strip() and not text.lstrip().startswith(("[", '"')):
-        return (
-            f"There is text before the JSON ({text[:brace].strip()[:40]!r}). A trigger word belongs inside "
-            "high_level_description or an element's desc."
-        )
+        return f"There is text before the JSON ({text[:brace].strip()[:40]!r}): it belongs inside, or nowhere."
     if "Extra data" in error.msg:
         return f"Remove what follows the caption ({text[error.pos :].strip()[:40]!r})."
     if text[error.pos : error.pos + 1] == "'":

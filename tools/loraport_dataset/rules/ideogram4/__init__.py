@@ -1,0 +1,20 @@
+"""The rules of Ideogram 4's captions: a plugin of its own, as any family can bring one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from loraport.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from loraport.rules import Rule
+
+
+@hookimpl
+def register_rules(register: Callable[[type[Rule]], None]) -> None:
+    from loraport_dataset.rules.ideogram4 import boxes, form, shape, words
+
+    for module in (shape, boxes, form, words):
+        for rule in module.RULES:
+            register(rule)

@@ -1,4 +1,4 @@
-"""A page as a real browser shows it: headless Chromium, spoken to through its debugging pipe, with nothing installed."""
+"""A page as a real browser shows it: headless Chromium through its debugging pipe, with nothing installed."""
 
 from __future__ import annotations
 

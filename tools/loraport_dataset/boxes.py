@@ -33,6 +33,7 @@ _FEWEST = 4
 _ACCEPTED, _REJECTED = 0.02, 0.1
 #: Boxes of a whole set come further than this into their pictures.
 _SPREAD = 0.3
+_FEWEST_TO_FILL, _FILLED = 20, 0.97
 _FEWEST_VOTES, _CLEAR_VOTES = 8, 0.8
 
 _UNIT_WORDS = {
@@ -158,29 +159,17 @@ class BoxStatistics:
         fitting = [one for one in CONVENTIONS if one != OFFICIAL and self._share(one) <= _ACCEPTED]
         if not fitting:
             return None
-        # Boxes in a small unit read in a large one all crowd into the upper left corner.
-        return min(
-            fitting,
-            key=lambda one: (
-                self._contradictions[one],
-                self._reach[one] < _SPREAD,
-                -self._at_edge[one],
-                self._votes[one, False] - self._votes[one, True],
-            ),
-        )
+        return min(fitting, key=self._merit)
 
     def _better_than_official(self) -> Convention | None:
         """A reading for a set that the official one is possible for too: only with a clear reason."""
         if self.boxes < _FEWEST:
             return None
-        # Pixels of small pictures stay below 1000; then boxes end at the pictures' own edges, and at 1000 never.
         if not self._at_edge[OFFICIAL]:
-            for one in CONVENTIONS:
-                if one.unit == "pixels" and self._share(one) <= _ACCEPTED and self._at_edge[one] >= _FEWEST:
-                    rival = Convention("yx" if one.order == "xy" else "xy", one.form, one.unit)
-                    better = self._contradictions[one] <= self._contradictions[rival]
-                    if better and self._at_edge[one] >= self._at_edge[rival]:
-                        return one
+            fitting = [one for one in CONVENTIONS if one.unit == "pixels" and self._share(one) <= _ACCEPTED]
+            tight = [one for one in fitting if self._at_edge[one] >= _FEWEST or self._fills(one)]
+            if tight:
+                return min(tight, key=self._merit)
         swapped = Convention("xy", "corners", "thousandths")
         against, votes = self._votes[OFFICIAL, False], self._votes[OFFICIAL, True] + self._votes[OFFICIAL, False]
         if votes >= _FEWEST_VOTES and against / votes >= _CLEAR_VOTES:
@@ -189,6 +178,24 @@ class BoxStatistics:
                 return swapped
         return None
 
+    def _fills(self, convention: Convention) -> bool:
+        """Whether the boxes keep within their pictures' own pixels, which are fewer than 1000, and use them all."""
+        return self.boxes >= _FEWEST_TO_FILL and self._reach[OFFICIAL] < _FILLED <= self._reach[convention]
+
+    def _merit(self, convention: Convention) -> tuple[float, ...]:
+        """Smaller for a reading that explains the set better."""
+        return (
+            self._contradictions[convention],
+            self._reach[convention] < _SPREAD,  # boxes in a small unit read in a large one crowd into a corner
+            -self._at_edge[convention],
+            self._votes[convention, False] - self._votes[convention, True],
+        )
+
+    def is_certain(self, convention: Convention) -> bool:
+        """Whether the set also tells if x or y comes first; else `convention` has the more usual x."""
+        order: Order = "yx" if convention.order == "xy" else "xy"
+        return self._merit(convention) != self._merit(Convention(order, convention.form, convention.unit))
+
     def evidence(self, convention: Convention) -> str:
         """Why the set is taken to be in `convention`, in numbers."""
         if self._share(OFFICIAL) > _REJECTED:
@@ -196,10 +203,10 @@ class BoxStatistics:
             other = self.boxes - self._contradictions[convention]
             return f"read as {OFFICIAL}, {fits:,} of {self.boxes:,} boxes fit their picture; read so, {other:,} do"
         if convention.unit == "pixels":
-            return (
-                f"{self._at_edge[convention]:,} of {self.boxes:,} boxes end exactly at their picture's edge in pixels, "
-                "and none at 1000"
+            edge = (
+                f"{self._at_edge[convention]:,} of {self.boxes:,} boxes end exactly at their picture's edge in pixels"
             )
+            return f"all keep within their picture's own pixels, {edge}, and none comes near 1000"
         votes = self._votes[OFFICIAL, True] + self._votes[OFFICIAL, False]
         return (
             f"read y first, {self._votes[OFFICIAL, False]:,} of {votes:,} boxes contradict their own description "

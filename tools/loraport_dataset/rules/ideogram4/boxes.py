@@ -61,6 +61,8 @@ class BboxConvention(SetRule):
         convention = self._statistics.convention()
         if convention is not None:
             evidence = self._statistics.evidence(convention)
+            if not self._statistics.is_certain(convention):
+                evidence += "; whether x or y comes first, the numbers don't tell, and x is more usual"
             yield Problem(f"The boxes of this set are {convention}, not {OFFICIAL}: {evidence}.", self.fix)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from loraport.caption_sources import caption_source
 from loraport.errors import DataError
 from loraport.images import IMAGE_EXTENSIONS, FileProblem, load_pixels, upright_size
 
@@ -28,16 +29,19 @@ class Item:
     size: tuple[int, int]
 
 
-def scan(path: Path | str, caption_ext: str, default_caption: str | None = None) -> list[Item]:
+def scan(
+    path: Path | str, caption_ext: str, default_caption: str | None = None, caption_field: str | None = None
+) -> list[Item]:
     """The images under a folder and its subfolders with their captions, sorted by relative path.
 
-    A caption is the file beside the image with the extension `caption_ext`: JSON is returned compact, text
-    stripped. Images without one get `default_caption`. Hidden files and folders are skipped, links are
-    followed once.
+    A caption is the file beside the image with the extension `caption_ext`, or the text in the column `caption_field`
+    of the folder's metadata: JSON is returned compact, text stripped. Images without one get `default_caption`. Hidden
+    files and folders are skipped, links are followed once.
     Raises one DataError that names every unusable file (ten of them, then the count), or the folder.
     """
     root = Path(path)
     images, problems = _walk(root)
+    source = caption_source(root, caption_ext, caption_field)
     items: list[Item] = []
     for image in images:
         name = image.relative_to(root).as_posix()
@@ -46,11 +50,12 @@ def scan(path: Path | str, caption_ext: str, default_caption: str | None = None)
             size = upright_size(image)
         except FileProblem as problem:
             problems.append(f"{name}: {problem}")
-        caption_file = image.with_suffix(f".{caption_ext}")
+        place = source.where(image)
         try:
-            caption = _read_caption(caption_file, default_caption)
+            caption = _caption(place, default_caption)
         except FileProblem as problem:
-            problems.append(f"{caption_file.relative_to(root).as_posix()}: {problem}")
+            file = place if isinstance(place, Path) else image
+            problems.append(f"{file.relative_to(root).as_posix()}: {problem}")
         if size is not None and caption is not None:
             items.append(Item(image, caption, size))
     if problems:
@@ -83,7 +88,7 @@ def _walk(root: Path) -> tuple[list[Path], list[str]]:
     if not root.exists():
         raise DataError(
             f"The dataset folder {root} is not there.",
-            hint="Check dataset.path; it is relative to the spec file.",
+            hint="Check its path in the spec; it is relative to the spec file.",
         )
     if not root.is_dir():
         raise DataError(f"The dataset {root} is a file, not a folder of images.")
@@ -112,6 +117,19 @@ def _walk(root: Path) -> tuple[list[Path], list[str]]:
             hint=f"Looked for: {', '.join(IMAGE_EXTENSIONS)}, in subfolders too.",
         )
     return sorted(images, key=lambda image: image.relative_to(root).as_posix()), problems
+
+
+def _caption(place: Path | str | None, default: str | None) -> str:
+    """The caption out of its file, or as metadata says it."""
+    if isinstance(place, Path):
+        return _read_caption(place, default)
+    if place is None:
+        if default is None:
+            raise FileProblem("the metadata has no caption of this image; write it or set default_caption")
+        return default
+    if len(place.encode()) > MAX_CAPTION_BYTES:
+        raise FileProblem(f"the caption has more than {MAX_CAPTION_BYTES:,} bytes")
+    return _compact(place) if place.startswith("{") else place
 
 
 def _read_caption(path: Path, default: str | None) -> str:

@@ -48,3 +48,11 @@ def _cannot_write(path: Path, error: OSError) -> RunFolderError:
         f"{path} cannot be written: {error.strerror or error}.",
         hint="Free some space or choose a folder you can write to with --out; what was there before is unchanged.",
     )
+
+
+def cache_home() -> Path:
+    """Where what can be had again is kept: $LORAPORT_CACHE, else $XDG_CACHE_HOME/loraport, else ~/.cache/loraport."""
+    chosen = os.environ.get("LORAPORT_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loraport"

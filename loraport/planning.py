@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraport.errors import BackendError, SpecError
-from loraport.spec.models import TrainSpec, leaf_fields, value_at
+from loraport.spec.models import TrainSpec, leaf_fields, set_fields, value_at
 
 if TYPE_CHECKING:
     from loraport.footprint import Forecast
@@ -108,13 +108,22 @@ class Plan:
         }
 
 
+#: With this verdict on `dataset.sets`, what the single sets say needs none of its own: it holds for all of them.
+_WHOLESALE = (Kind.IGNORED, Kind.REFUSED)
+SETS = "dataset.sets"
+
+
 class VerdictTable:
-    """Collects one verdict for each field of a spec, and fails loudly when a field is forgotten or judged twice."""
+    """Collects one verdict for each field of a spec, and fails loudly when a field is forgotten or judged twice.
+
+    What a set of images says itself (`dataset.sets[0].path`) is a field too, unless all of `dataset.sets` is ignored or
+    refused.
+    """
 
     def __init__(self, spec: TrainSpec):
         self.spec = spec
         self._verdicts: dict[str, Verdict] = {}
-        self._paths = list(leaf_fields())
+        self._paths = spec_fields(spec)
 
     def exact(self, *paths: str, reason: str) -> None:
         self._add(paths, Kind.EXACT, reason)
@@ -142,15 +151,36 @@ class VerdictTable:
 
     def finish(self) -> list[Verdict]:
         """All verdicts in the spec's order. A missing one is a defect of the backend."""
-        missing = [path for path in self._paths if path not in self._verdicts]
+        verdicts = _with_sets(self.spec, self._verdicts)
+        missing = [path for path in self._paths if path not in verdicts]
         assert not missing, f"no verdict for {missing}"
-        return [self._verdicts[path] for path in self._paths]
+        return [verdicts[path] for path in self._paths]
 
     def _add(self, paths: Iterable[str], kind: Kind, reason: str) -> None:
         for path in paths:
             assert path in self._paths, f"{path} is not a field of the spec"
             assert path not in self._verdicts, f"second verdict for {path}"
-            self._verdicts[path] = Verdict(path, value_at(self.spec, path), kind, reason)
+            self._verdicts[path] = Verdict(path, _shown(self.spec, path), kind, reason)
+
+
+def spec_fields(spec: TrainSpec) -> list[str]:
+    """Every path of a spec that has a verdict, in order: all fields, and what the sets of images say themselves."""
+    paths = list(leaf_fields())
+    at = paths.index(SETS) + 1
+    return [*paths[:at], *set_fields(spec), *paths[at:]]
+
+
+def _with_sets(spec: TrainSpec, verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
+    """The verdicts, with that on all sets for what each of them says, where it holds for it."""
+    whole = verdicts.get(SETS)
+    if whole is None or whole.kind not in _WHOLESALE:
+        return verdicts
+    return {path: Verdict(path, value_at(spec, path), whole.kind, whole.reason) for path in set_fields(spec)} | verdicts
+
+
+def _shown(spec: TrainSpec, path: str) -> Any:
+    """The value as a verdict tells it: of the sets, where they are."""
+    return [one.path for one in spec.dataset.sets] if path == SETS else value_at(spec, path)
 
 
 def make_plan(spec: TrainSpec, backend: Any, run_dir: Path, resume: bool = False) -> Plan:
@@ -161,9 +191,10 @@ def make_plan(spec: TrainSpec, backend: Any, run_dir: Path, resume: bool = False
     translate: Callable[[TrainSpec, Context], Translation] = backend.translate
     result = translate(spec, Context(run_dir=run_dir, resume=resume))
     counts = Counter(verdict.path for verdict in result.verdicts)
-    fields = leaf_fields()
+    verdicts = _with_sets(spec, {verdict.path: verdict for verdict in result.verdicts})
+    fields = spec_fields(spec)
     for what, paths in (
-        ("gives no verdict for", [path for path in fields if path not in counts]),
+        ("gives no verdict for", [path for path in fields if path not in verdicts]),
         ("judges what is no field of the spec", [path for path in counts if path not in fields]),
         ("judges twice", [path for path, count in counts.items() if count > 1]),
     ):
@@ -172,7 +203,6 @@ def make_plan(spec: TrainSpec, backend: Any, run_dir: Path, resume: bool = False
                 f"The backend {backend.name} {what}: {', '.join(paths)}.",
                 hint="This is a defect of that backend: it must judge every field of the spec, once.",
             )
-    verdicts = {verdict.path: verdict for verdict in result.verdicts}
     return Plan(
         backend=backend.name,
         backend_version=backend.version,
@@ -188,4 +218,6 @@ def make_plan(spec: TrainSpec, backend: Any, run_dir: Path, resume: bool = False
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
     return value

@@ -7,45 +7,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from loraport.dataset import Item, scan
-from loraport.errors import BackendError, DataError
-from loraport.families import Family
+from loraport.dataset import Item
+from loraport.errors import BackendError
 from loraport.files import write_atomic
-from loraport.spec.models import TrainSpec
-
-
-def captioned_items(spec: TrainSpec, family: Family) -> list[Item]:
-    """The images that are trained, sorted by name, with the trigger word in each caption.
-
-    Images that the spec holds out for validation are not among them, so every backend trains the same set. Raises
-    DataError for what is wrong with images or captions, or when none is left.
-    """
-    dataset, validation = spec.dataset, spec.validation
-    items = scan(dataset.path, dataset.caption_ext, dataset.default_caption)
-    if validation.every and validation.path is None:
-        items = items[: -validation.images]
-    if not items:
-        raise DataError(
-            f"validation.images holds every image of {dataset.path} out; none is left to train.",
-            hint="Hold out fewer, give a folder with validation.path, or set validation.every to 0.",
-        )
-    return _with_trigger(items, spec, family)
-
-
-def held_out_items(spec: TrainSpec, family: Family) -> list[Item]:
-    """The images whose loss is measured and that are not trained, sorted by name, with the trigger word in each
-    caption. Raises DataError for what is wrong with images or captions."""
-    dataset, validation = spec.dataset, spec.validation
-    items = scan(validation.path or dataset.path, dataset.caption_ext, dataset.default_caption)
-    return _with_trigger(items if validation.path else items[-validation.images :], spec, family)
-
-
-def _with_trigger(items: list[Item], spec: TrainSpec, family: Family) -> list[Item]:
-    word = spec.dataset.trigger_word
-    return [replace(item, caption=family.place_trigger(item.caption, word)) for item in items] if word else items
 
 
 def stage(items: list[Item], folder: Path, caption: Callable[[Item], str], suffix: str) -> list[tuple[Path, str]]:

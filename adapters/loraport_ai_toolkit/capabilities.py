@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from itertools import product
 
-from loraport.planning import Verdict, VerdictTable
-from loraport.spec.models import TrainSpec, leaf_fields, value_at
+from loraport.planning import SETS, Verdict, VerdictTable
+from loraport.spec.models import TrainSpec, leaf_fields, set_fields, value_at
 
 #: Below this rate ai-toolkit runs Prodigy at 1.
 PRODIGY_LOWEST_RATE = 0.1
@@ -46,6 +46,27 @@ MODULES = tuple(
         ),
     )
 )
+
+
+#: ai-toolkit's key in a data set for what the spec's says.
+_OF_SETS = {
+    "resolution": "resolution",
+    "repeats": "num_repeats",
+    "flip": "flip_x",
+    "caption_dropout": "caption_dropout_rate",
+    "loss_weight": "loss_multiplier",
+}
+_COMMAS = (
+    "ai-toolkit puts a space after every comma; staged so that only commas without one gain it, and the run names "
+    "those captions"
+)
+#: What happens to captions, by the extension of their files.
+_CAPTIONS = {
+    "json": "staged with commas escaped, so that a caption after Ideogram's rules is read as it is; ai-toolkit "
+    "rewrites others after those rules, and the run names them",
+    "txt": _COMMAS,
+    "caption": _COMMAS,
+}
 
 
 def matching_modules(patterns: list[str]) -> list[str]:
@@ -102,18 +123,11 @@ def _model(table: VerdictTable) -> None:
 def _dataset(table: VerdictTable) -> None:
     dataset = table.spec.dataset
     table.exact("dataset.path", reason="staged as links in the run folder; ai-toolkit's caches come to lie there")
-    if dataset.caption_ext == "json":
-        table.approximated(
-            "dataset.caption_ext",
-            reason="staged with commas escaped, so that a caption after Ideogram's rules is read as it is; ai-toolkit "
-            "rewrites others after those rules, and the run names them",
-        )
+    table.approximated("dataset.caption_ext", reason=_CAPTIONS[dataset.caption_ext])
+    if dataset.caption_field is None:
+        table.exact("dataset.caption_field", reason="captions are in files")
     else:
-        table.approximated(
-            "dataset.caption_ext",
-            reason="ai-toolkit puts a space after every comma; staged so that only commas without one gain it, and the "
-            "run names those captions",
-        )
+        table.approximated("dataset.caption_field", reason=_CAPTIONS["txt"])
     table.exact("dataset.default_caption", reason="staged as the image's caption")
     table.exact(
         "dataset.trigger_word",
@@ -141,6 +155,7 @@ def _dataset(table: VerdictTable) -> None:
         "dataset.max_text_tokens", reason="a longer caption ends the run before ai-toolkit, which cuts it, starts"
     )
     _regularization(table)
+    _sets(table)
 
 
 def _regularization(table: VerdictTable) -> None:
@@ -150,13 +165,26 @@ def _regularization(table: VerdictTable) -> None:
         for name in ("caption_ext", "repeats", "weight"):
             _unused(table, f"dataset.regularization.{name}", "there is no regularisation set")
         return
-    table.exact("dataset.regularization.path", reason="staged like the dataset")
-    table.approximated("dataset.regularization.caption_ext", reason="read as dataset.caption_ext is")
-    table.approximated(
-        "dataset.regularization.repeats",
-        reason="every other step trains regularisation images only; repeats count within their own epoch",
-    )
-    table.exact("dataset.regularization.weight", reason="factor on their loss")
+    table.exact("dataset.regularization.path", reason="staged like the dataset, and mixed with it")
+    table.approximated("dataset.regularization.caption_ext", reason=_CAPTIONS[used.caption_ext])
+    table.exact("dataset.regularization.repeats", reason="each epoch holds every image this many times")
+    table.exact("dataset.regularization.weight", reason="loss_multiplier")
+
+
+def _sets(table: VerdictTable) -> None:
+    """What each set of images says itself."""
+    table.exact(SETS, reason="a list of data sets, of which every epoch is mixed; a batch is of one set and one size")
+    spec = table.spec
+    for path in set_fields(spec):
+        name = path.rpartition(".")[2]
+        if name in ("caption_ext", "caption_field"):
+            table.approximated(path, reason=_CAPTIONS[value_at(spec, path) if name == "caption_ext" else "txt"])
+        elif name == "weight":
+            table.exact(path, reason="num_repeats, filled in when the run has counted the images")
+        elif name == "regularization":
+            table.exact(path, reason="trained as it is, beside the others; not is_reg, which takes every other step")
+        else:
+            table.exact(path, reason=_OF_SETS.get(name, "staged so"))
 
 
 def _unused(table: VerdictTable, path: str, why: str) -> None:

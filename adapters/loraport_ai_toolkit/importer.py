@@ -93,7 +93,6 @@ class _Import:
         if self._validation:
             content["validation"] = self._validation
         content["dataset"]["max_text_tokens"] = self._max_tokens
-        content["dataset"]["regularization"] = self._regularization()
         if self._trigger and content["dataset"].get("trigger_word") is None:
             content["dataset"]["trigger_word"] = self._trigger
         self._leftovers("", self._process)
@@ -271,7 +270,7 @@ class _Import:
         ema = train.pop("ema_config", None) or {}
         self._checkpointing = train.pop("gradient_checkpointing", True)
         self._no_samples = train.pop("disable_sampling", False)
-        self._weight = train.pop("reg_weight", 1.0)
+        train.pop("reg_weight", None)
         self._validation = self._validate(train.pop("validation_config", None))
         timesteps = train.pop("timestep_type", "sigmoid")
         if timesteps != "sigmoid":
@@ -320,72 +319,69 @@ class _Import:
         return {"every": config.get("validate_every_n_steps", 10)}
 
     def _datasets(self) -> dict[str, Any]:
-        sets = [dict(one) for one in self._process.pop("datasets", None) or [] if isinstance(one, dict)]
-        self._regular = next((one for one in sets if one.get("is_reg")), None)
-        own = [one for one in sets if not one.get("is_reg")]
-        if not own:
+        raw = [dict(one) for one in self._process.pop("datasets", None) or [] if isinstance(one, dict)]
+        own = self._own.get("dataset")
+        if isinstance(own, dict):
+            return dict(own)
+        if all(one.get("is_reg") for one in raw):
             raise SpecError("The configuration has no dataset.")
-        if len(own) > 1:
-            self.note(f"datasets: {len(own)} of them; only the first is imported")
-        first = own[0]
-        first.pop("is_reg", None)
-        extension = str(first.pop("caption_ext", "txt")).lstrip(".")
+        squares = [bool(one.pop("square_crop", False)) for one in raw]
+        if len(set(squares)) > 1:
+            self.note("datasets.square_crop: the spec has it for all sets or none; the first one's was taken")
+        sets = [one for each in raw for one in self._sets(each)]
+        self.note(
+            "datasets: ai-toolkit puts a space after every comma of a caption, and writes its caches into "
+            "the dataset's folder; "
+            "LoraPort stages the captions so that they are read as written, and the images so that the "
+            "folder stays as it is"
+        )
+        shared = {"aspect_buckets": not squares[0]}
+        if len(sets) == 1 and sets[0].get("loss_weight", 1.0) == 1.0:
+            return {**shared, **{name: value for name, value in sets[0].items() if name != "loss_weight"}}
+        return {**shared, "sets": sets}
+
+    def _sets(self, one: dict[str, Any]) -> list[dict[str, Any]]:
+        """A data set at each of its resolutions."""
+        regularization = bool(one.pop("is_reg", False))
+        extension = str(one.pop("caption_ext", "txt")).lstrip(".")
         if extension not in ("json", "txt", "caption"):
             self.note(f"datasets.caption_ext: {extension!r} is not in the spec; txt was taken")
             extension = "txt"
-        sizes = first.pop("resolution", 512)
-        sizes = sizes if isinstance(sizes, list) else [sizes]
-        if len(sizes) > 1:
-            self.note(f"datasets.resolution: {sizes}; the spec trains at one, {max(sizes)}")
-        default = first.pop("default_caption", None)
-        dataset: dict[str, Any] = {
-            "path": self._folder(first.pop("folder_path", first.pop("dataset_path", None)), "dataset"),
-            "caption_ext": extension,
-            "resolution": max(16 * (int(max(sizes)) // 16), 64),
-            "aspect_buckets": not first.pop("square_crop", False),
-            "repeats": first.pop("num_repeats", 1),
-            "caption_dropout": float(first.pop("caption_dropout_rate", 0.0)),
-            "flip": bool(first.pop("flip_x", False)),
-        }
-        if self._own:
-            default = self._own.get("default_caption")
-            dataset["trigger_word"] = self._own.get("trigger_word")
-        elif default is None:
+        sizes = one.pop("resolution", 512)
+        default = one.pop("default_caption", None)
+        if default is None:
             default = ""
             self.note("datasets.default_caption: without one ai-toolkit trains images without a caption as empty ones")
-        dataset["default_caption"] = default
-        own_trigger = first.pop("trigger_word", None)
-        if own_trigger:
-            dataset["trigger_word"] = own_trigger
-        if first.pop("shuffle_tokens", False):
+        found: dict[str, Any] = {
+            "path": str(one.pop("folder_path", one.pop("dataset_path", None))),
+            "caption_ext": extension,
+            "repeats": one.pop("num_repeats", 1),
+            "caption_dropout": float(one.pop("caption_dropout_rate", 0.0)),
+            "flip": bool(one.pop("flip_x", False)),
+            "default_caption": default,
+        }
+        trigger, factor = one.pop("trigger_word", None), float(one.pop("loss_multiplier", 1.0))
+        if trigger:
+            found["trigger_word"] = trigger
+        if regularization:
+            factor *= float((self._process.get("train") or {}).get("reg_weight", 1.0))
+            found["regularization"] = True
+            self.note(
+                "datasets.is_reg: ai-toolkit trains such a set in every other step; the spec mixes it with the others, "
+                "by its repeats"
+            )
+        if factor != 1.0:
+            found["loss_weight"] = factor
+        if one.pop("shuffle_tokens", False):
             self.note(
                 "datasets.shuffle_tokens: cuts captions at their commas and shuffles the parts, which destroys "
                 "JSON; left out"
             )
-        first.pop("cache_latents_to_disk", None)
-        if not self._own:
-            self.note(
-                "datasets: ai-toolkit puts a space after every comma of a caption, and writes its caches into "
-                "the dataset's folder; "
-                "LoraPort stages the captions so that they are read as written, and the images so that the "
-                "folder stays as it is"
-            )
-        self._leftovers("datasets", first)
-        return dataset
-
-    def _regularization(self) -> dict[str, Any]:
-        if self._regular is None:
-            return {}
-        return {
-            "path": self._folder(self._regular.get("folder_path"), "regularization"),
-            "caption_ext": str(self._regular.get("caption_ext", "txt")).lstrip("."),
-            "repeats": self._regular.get("num_repeats", 1),
-            "weight": float(self._weight),
-        }
-
-    def _folder(self, path: Any, own: str) -> str:
-        """The images' own folder, which LoraPort has staged for ai-toolkit."""
-        return str(self._own.get(own) or path)
+        one.pop("cache_latents_to_disk", None)
+        self._leftovers("datasets", one)
+        sizes = sizes if isinstance(sizes, list) else [sizes]
+        rounded = dict.fromkeys(max(16 * (int(size) // 16), 64) for size in sizes)
+        return [{**found, "resolution": size} for size in rounded]
 
     def _save(self) -> dict[str, Any]:
         save = self._section("save")

@@ -13,16 +13,17 @@ from typing import Any
 
 from PIL import Image
 
-from loraport.dataset import Item, load_image, scan
+from loraport.dataset import Item, load_image
 from loraport.errors import DataError
 from loraport.families import Family
 from loraport.files import atomic_path, write_atomic
+from loraport.sets import TrainedSet, held_out_items
 from loraport.spec.load import parse_yaml
 from loraport.spec.models import TrainSpec
-from loraport.staging import captioned_items, held_out_items, stage, write_tiny_checkpoint
+from loraport.staging import stage, write_tiny_checkpoint
 from loraport_ai_toolkit import layout
 from loraport_ai_toolkit.captions import staged
-from loraport_ai_toolkit.translate import OWN, TEXT_ENCODER
+from loraport_ai_toolkit.translate import OWN, TEXT_ENCODER, caption_extension
 
 _READ = (".jpg", ".jpeg", ".png", ".webp")
 _TOLD = 3  # captions named in a warning
@@ -40,22 +41,19 @@ json.dump([read(text) for text in json.load(sys.stdin)], sys.stdout)
 """
 
 
-def stage_images(spec: TrainSpec, run_dir: Path, family: Family) -> list[tuple[Item, str]]:
-    """Fill the staged folders; returns each trained item with the caption written for it.
+def stage_images(sets: list[TrainedSet], run_dir: Path) -> list[tuple[Item, str]]:
+    """Fill the sets' staged folders; returns each trained item with the caption written for it.
 
-    Raises DataError for what is wrong with images or captions.
+    Raises DataError for images that cannot be read.
     """
-    items = captioned_items(spec, family)
-    regularization = spec.dataset.regularization
-    sets = [(items, layout.DATASET, spec.dataset.caption_ext)]
-    if regularization.path is not None:
-        extra = scan(regularization.path, regularization.caption_ext)
-        sets.append((extra, layout.REGULARIZATION, regularization.caption_ext))
     found: list[tuple[Item, str]] = []
-    for one, folder, extension in sets:
-        readable = [_readable(item, run_dir / layout.CONVERTED / Path(folder).name, n) for n, item in enumerate(one, 1)]
-        done = stage(readable, run_dir / folder, lambda item: staged(item.caption), f".{extension}")
-        found += [(item, text) for item, (_, text) in zip(one, done, strict=True)]
+    for each in sets:
+        folder = layout.set_folder(each.set.label)
+        converted = run_dir / layout.CONVERTED / Path(folder).name
+        readable = [_readable(item, converted, number) for number, item in enumerate(each.items, 1)]
+        suffix = f".{caption_extension(each.set)}"
+        done = stage(readable, run_dir / folder, lambda item: staged(item.caption), suffix)
+        found += [(item, text) for item, (_, text) in zip(each.items, done, strict=True)]
     return found
 
 
@@ -84,7 +82,9 @@ def warning_about_captions(names: list[str], extension: str) -> str:
     return f"{len(names)} of the captions are read otherwise than written ({some}): {how}."
 
 
-def write_job(spec: TrainSpec, run_dir: Path, family: Family, tell: Callable[[str], None]) -> dict[str, Any]:
+def write_job(
+    spec: TrainSpec, sets: list[TrainedSet], run_dir: Path, family: Family, tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Complete the configuration with what only the disk knows, and write it as ai-toolkit will read it.
 
     `tell` hears what a person should know. Raises DataError when the checkpoint cannot be what ai-toolkit reads.
@@ -92,6 +92,8 @@ def write_job(spec: TrainSpec, run_dir: Path, family: Family, tell: Callable[[st
     config = parse_yaml((run_dir / layout.CONFIG).read_text(encoding="utf-8"), layout.CONFIG)
     config.pop(OWN)
     process = config["config"]["process"][0]
+    for entry, each in zip(process["datasets"], sets, strict=True):
+        entry["num_repeats"] = each.repeats
     model = process["model"]
     if model["name_or_path"] == "tiny":
         model["name_or_path"] = layout.TINY

@@ -22,8 +22,10 @@ from typing import Any
 from loraport.backend import Readiness
 from loraport.envs import find_interpreter, problem_with
 from loraport.errors import BackendError, Interrupted, LoraPortError, RunFolderError, SpecError
+from loraport.hub_datasets import on_disk
 from loraport.run.errors_line import encode_error
 from loraport.run.events import Event, PhaseStarted, Sample, Warn, encode
+from loraport.sets import trained_sets
 from loraport.spec.models import TrainSpec
 from loraport_ai_toolkit import control, layout
 from loraport_ai_toolkit.collect import collect, numbered_saves, read_save
@@ -100,10 +102,12 @@ def _run(run_dir: Path) -> None:
     if problem := checkout_problem(checkout):
         raise BackendError(f"{problem}.", hint=f"{how_to_get_it()}.")
     family = plugins().families()[spec.model.family]
-    captions = stage_images(spec, run_dir, family)
+    on_this_disk = on_disk(spec, run_dir)
+    sets = trained_sets(on_this_disk, family)
+    captions = stage_images(sets, run_dir)
     if names := captions_read_otherwise(captions, python, checkout):
         _emit(Warn(message=warning_about_captions(names, spec.dataset.caption_ext)))
-    model = write_job(spec, run_dir, family, lambda message: _emit(Warn(message=message)))
+    model = write_job(on_this_disk, sets, run_dir, family, lambda message: _emit(Warn(message=message)))
     begin = _prepare_saves(run_dir / layout.save_folder(spec.name), launch["job"])
     control.create(run_dir / layout.DATABASE, begin, spec.train.steps, spec.save.every)
     environment = trainer_environment(launch["device"], offline=is_local(model, run_dir))

@@ -10,8 +10,6 @@ CONFIG = "backend/config.yaml"  #: the generated configuration, as `loraport pla
 LAUNCH = "backend/launch.json"  #: what the launcher is to do
 JOB = "backend/job.json"  #: the configuration with what only the disk knows filled in; ai-toolkit reads this one
 DATABASE = "backend/job.db"  #: the job as ai-toolkit's web interface would keep it
-DATASET = "backend/dataset"  #: staged images and captions; ai-toolkit's caches come to lie beside them
-REGULARIZATION = "backend/regularization"
 VALIDATION = "backend/validation"
 CONVERTED = "backend/converted"  #: images that ai-toolkit would not read, or would read otherwise, as PNG
 TEXT_ENCODER = "backend/text_encoder"  #: links to a local text encoder and its tokenizer
@@ -20,6 +18,11 @@ OUTPUT = "backend/output"
 
 #: What ai-toolkit itself writes beside its saves. It takes whatever begins with the job's name for a save of the job.
 _OWN_FILES = ("config.yaml", "optimizer.pt", "loss_log.db", "samples", "learnable_snr.json")
+
+
+def set_folder(label: str) -> str:
+    """A set's staged images and captions, by its label; ai-toolkit's caches come to lie beside them."""
+    return f"backend/{'dataset' if label == 'images' else label}"
 
 
 def job_name(name: str) -> str:

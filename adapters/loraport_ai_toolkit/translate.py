@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from loraport.planning import Context, Translation
+from loraport.sets import ImageSet, image_sets, subject
 from loraport.spec.models import TrainSpec
 from loraport.spec.yaml_text import dump_yaml
 from loraport_ai_toolkit import layout
@@ -76,13 +77,9 @@ def _launch(spec: TrainSpec) -> dict[str, Any]:
 
 def _own(spec: TrainSpec) -> dict[str, Any]:
     """What LoraPort does itself, so that the file says all of it and can be imported again."""
-    dataset, regularization = spec.dataset, spec.dataset.regularization
     return {
         "name": spec.name,
-        "dataset": str(dataset.path),
-        "default_caption": dataset.default_caption,
-        "trigger_word": dataset.trigger_word,
-        "regularization": None if regularization.path is None else str(regularization.path),
+        "dataset": spec.dataset.model_dump(mode="json"),
         "save_every": spec.save.every,
         "python": None if spec.backend.python is None else str(spec.backend.python),
         "options": spec.backend.options,
@@ -117,42 +114,34 @@ def _targets(targets: str | list[str]) -> dict[str, list[str]]:
     return {"only_if_contains": matching_modules([targets] if isinstance(targets, str) else targets)}
 
 
+def caption_extension(one: ImageSet) -> str:
+    """The extension that a set's staged captions have."""
+    return "txt" if one.caption_field else one.caption_ext
+
+
 def _datasets(spec: TrainSpec) -> list[dict[str, Any]]:
-    dataset, regularization = spec.dataset, spec.dataset.regularization
-    common = {
-        "resolution": dataset.resolution,
-        "buckets": True,
-        "square_crop": not dataset.aspect_buckets,
-        "shuffle_tokens": False,
-        "token_dropout_rate": 0.0,
-        "cache_latents_to_disk": spec.backend.options.get("cache_latents_to_disk", True),
-        "cache_text_embeddings": True,
-        "flip_x": dataset.flip,
-        "flip_y": False,
-        "num_frames": 1,
-    }
-    sets = [
+    """Regularisation sets are as any: with `is_reg`, they would be every other step, whatever their repeats."""
+    return [
         {
-            "folder_path": layout.DATASET,
-            "caption_ext": dataset.caption_ext,
-            "caption_dropout_rate": dataset.caption_dropout,
-            "num_repeats": dataset.repeats,
+            "folder_path": layout.set_folder(one.label),
+            "caption_ext": caption_extension(one),
+            "caption_dropout_rate": one.caption_dropout,
+            "num_repeats": one.repeats,
             "is_reg": False,
-            **common,
+            "loss_multiplier": one.loss_weight,
+            "resolution": one.resolution,
+            "buckets": True,
+            "square_crop": not spec.dataset.aspect_buckets,
+            "shuffle_tokens": False,
+            "token_dropout_rate": 0.0,
+            "cache_latents_to_disk": spec.backend.options.get("cache_latents_to_disk", True),
+            "cache_text_embeddings": True,
+            "flip_x": one.flip,
+            "flip_y": False,
+            "num_frames": 1,
         }
+        for one in image_sets(spec.dataset)
     ]
-    if regularization.path is not None:
-        sets.append(
-            {
-                "folder_path": layout.REGULARIZATION,
-                "caption_ext": regularization.caption_ext,
-                "caption_dropout_rate": 0.0,
-                "num_repeats": regularization.repeats,
-                "is_reg": True,
-                **common,
-            }
-        )
-    return sets
 
 
 def _train(spec: TrainSpec) -> dict[str, Any]:
@@ -176,7 +165,6 @@ def _train(spec: TrainSpec) -> dict[str, Any]:
         # Gradients of accumulated passes are summed.
         "max_grad_norm": train.max_grad_norm * train.gradient_accumulation if train.max_grad_norm else NO_CLIPPING,
         "ema_config": {"use_ema": train.ema_decay > 0, "ema_decay": train.ema_decay},
-        "reg_weight": spec.dataset.regularization.weight,
         "loss_type": "mse",
         "dtype": spec.model.dtype,
         "cache_text_embeddings": True,
@@ -200,7 +188,7 @@ def _schedule(spec: TrainSpec) -> tuple[str, dict[str, Any]]:
 def _validation(spec: TrainSpec) -> dict[str, Any]:
     """Without its images, which the launcher knows."""
     return {
-        "resolution": spec.dataset.resolution,
+        "resolution": subject(spec.dataset).resolution,
         "validate_every_n_steps": spec.validation.every,
         "validation_sigmas": [1.0, 0.75, 0.5, 0.25],
         "validation_items": [],

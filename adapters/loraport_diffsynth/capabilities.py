@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from loraport.planning import Verdict, VerdictTable
-from loraport.spec.models import TrainSpec, leaf_fields, value_at
+from loraport.planning import SETS, Verdict, VerdictTable
+from loraport.spec.models import TrainSpec, leaf_fields, set_fields, value_at
 
 OPTIONS = {
     "script": "path of a checkout's examples/ideogram4/model_training/train.py, to run instead of LoraPort's entry",
@@ -36,6 +36,9 @@ COMPUTED = {("fp8", "fp8"): "comfy_kitchen_fp8_w8a8", ("int8", "int8"): "comfy_k
 PREQUANTIZED = {"ideogram-ai/ideogram-4-fp8": "fp8", "ideogram-ai/ideogram-4-nf4": "nf4"}
 
 MAX_TEXT_TOKENS = 2048  #: DiffSynth's own limit
+
+
+_NO_WEIGHTS = "a checkout's script knows no weights: set it to 1"
 
 
 def is_local(spec: TrainSpec) -> bool:
@@ -115,6 +118,7 @@ def _dataset(table: VerdictTable) -> None:
     table.exact(
         "dataset.path",
         "dataset.caption_ext",
+        "dataset.caption_field",
         "dataset.default_caption",
         reason="read in place; DiffSynth gets copies in the run folder and captions as strings in metadata.jsonl",
     )
@@ -139,10 +143,17 @@ def _dataset(table: VerdictTable) -> None:
         table.exact("dataset.max_text_tokens", reason="a longer caption stops the run, by name")
     else:
         table.defaulted("dataset.max_text_tokens", reason=f"{MAX_TEXT_TOKENS}: fixed in DiffSynth")
+    weights = [path for path in set_fields(spec) if path.endswith(".loss_weight")]
+    table.exact(SETS, reason="rows of one metadata.jsonl, each image at its set's size and as often as its set says")
+    table.exact(*(path for path in set_fields(spec) if path not in weights), reason="for the rows of this set")
     if not own_script(spec) or spec.dataset.regularization.weight == 1:
         table.exact("dataset.regularization.weight", reason="factor on the loss of those rows")
     else:
-        table.refused("dataset.regularization.weight", reason="a checkout's script knows no weights: set it to 1")
+        table.refused("dataset.regularization.weight", reason=_NO_WEIGHTS)
+    if own_script(spec):
+        table.refused(*weights, reason=_NO_WEIGHTS)
+    else:
+        table.exact(*weights, reason="factor on the loss of those rows")
 
 
 def _lora(table: VerdictTable) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from loraport.envs import find_interpreter, home
 from loraport.errors import Interrupted, LoraPortError, RunFolderError, SpecError
 from loraport.files import write_atomic
+from loraport.hub_datasets import on_disk
 from loraport.run.errors_line import encode_error
 from loraport.run.events import Event, PhaseStarted, Progress, Resumed, Warn, encode
 from loraport.spec.models import TrainSpec
@@ -92,7 +93,7 @@ def tell(event: Event) -> None:
 def run(run_dir: Path, trainer: Trainer) -> int:
     """Run what is left of a job. Raises LoraPortError for what is wrong before DiffSynth starts."""
     job = json.loads((run_dir / JOB).read_text(encoding="utf-8"))
-    spec = TrainSpec.model_validate(job["spec"])
+    spec = on_disk(TrainSpec.model_validate(job["spec"]), run_dir)
     backend = run_dir / "backend"
     python = find_interpreter(NAME, spec.backend.python)
     script = job["entry"]["script"]
@@ -118,8 +119,7 @@ def run(run_dir: Path, trainer: Trainer) -> int:
         spec, backend / DATASET, lambda done, total: tell(Progress(done=done, total=total))
     )
     images_a_step = int(value_of(job["phases"][-1]["arguments"], "--gradient_accumulation_steps"))
-    dropout = spec.dataset.caption_dropout
-    drawn = prepare.draw(pictures, (spec.train.steps - start) * images_a_step, dropout, spec.train.seed + start)
+    drawn = prepare.draw(pictures, (spec.train.steps - start) * images_a_step, spec.train.seed + start)
 
     settings = {**job["entry"], "start": start, "checkpoint": CHECKPOINT if is_local(spec) else None}
     write_json(backend / "entry.json", settings)
@@ -128,7 +128,7 @@ def run(run_dir: Path, trainer: Trainer) -> int:
         arguments = list(phase["arguments"])
         marker = backend / CACHE / "done.json"
         if phase["task"] == "sft:data_process":
-            prepare.write_encoding_rows(pictures, dropout, backend / DATASET / "encode.jsonl")
+            prepare.write_encoding_rows(pictures, backend / DATASET / "encode.jsonl")
             made_from = fingerprint(arguments, backend / DATASET / "encode.jsonl")
             if marker.is_file() and json.loads(marker.read_text()) == made_from:
                 continue

@@ -12,13 +12,14 @@ from pathlib import Path
 from PIL import ImageOps
 
 from loraport.buckets import bucket_for, fit
-from loraport.dataset import Item, load_image, scan
+from loraport.dataset import Item, load_image
 from loraport.errors import DataError
 from loraport.files import atomic_path, write_atomic
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.lora.storage import read_tensors
+from loraport.sets import trained_sets
 from loraport.spec.models import DatasetSection, TrainSpec
-from loraport.staging import captioned_items, write_tiny_checkpoint
+from loraport.staging import write_tiny_checkpoint
 from loraport_diffsynth.translate import CHECKPOINT, TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE
 
 
@@ -30,6 +31,7 @@ class Picture:
     caption: str
     repeats: int
     weight: float
+    dropout: float  #: share of its turns that have an empty caption
 
     def row(self, dropped: bool = False) -> str:
         """Its line of metadata.jsonl; a dropped caption is empty."""
@@ -43,25 +45,23 @@ def write_pictures(spec: TrainSpec, folder: Path, tell: Callable[[int, int], Non
     Images that are there already stay. `tell` hears how many are done, and of how many. Raises DataError for what is
     wrong with images or captions.
     """
-    dataset, regular = spec.dataset, spec.dataset.regularization
-    sources = [(item, dataset.repeats, 1.0) for item in captioned_items(spec, IDEOGRAM4)]
-    if regular.path is not None:
-        items = scan(regular.path, regular.caption_ext)
-        sources += [(item, regular.repeats, regular.weight) for item in items]
+    sources = [(each, item) for each in trained_sets(spec, IDEOGRAM4) for item in each.items]
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for done, (item, repeats, weight) in enumerate(sources, start=1):
-        for mirrored in (False, True) if dataset.flip else (False,):
-            pictures.append(Picture(_write(item, dataset, mirrored, folder), item.caption, repeats, weight))
+    for done, (each, item) in enumerate(sources, start=1):
+        one = each.set
+        for mirrored in (False, True) if one.flip else (False,):
+            file = _write(item, spec.dataset, one.resolution, mirrored, folder)
+            pictures.append(Picture(file, item.caption, each.repeats, one.loss_weight, one.caption_dropout))
         tell(done, len(sources))
     return pictures
 
 
-def _write(item: Item, dataset: DatasetSection, mirrored: bool, folder: Path) -> str:
+def _write(item: Item, dataset: DatasetSection, resolution: int, mirrored: bool, folder: Path) -> str:
     """Write one image unless it is there; its name tells what it was made from."""
     if min(item.size) < IDEOGRAM4.side_multiple and not dataset.upscale:
         raise DataError(f"{item.image} is smaller than 16 pixels.", hint="Take it out, or set dataset.upscale: true.")
-    bucket = bucket_for(item.size, dataset.resolution, upscale=dataset.upscale, aspect_buckets=dataset.aspect_buckets)
+    bucket = bucket_for(item.size, resolution, upscale=dataset.upscale, aspect_buckets=dataset.aspect_buckets)
     status = item.image.stat()
     made_from = f"{item.image.resolve()}|{status.st_mtime_ns}|{status.st_size}|{bucket}|{mirrored}"
     name = hashlib.sha256(made_from.encode()).hexdigest()[:20] + ".png"
@@ -72,7 +72,7 @@ def _write(item: Item, dataset: DatasetSection, mirrored: bool, folder: Path) ->
     return name
 
 
-def draw(pictures: list[Picture], count: int, dropout: float, seed: int) -> list[tuple[int, bool]]:
+def draw(pictures: list[Picture], count: int, seed: int) -> list[tuple[int, bool]]:
     """Which picture each of `count` forward passes trains, and whether without its caption.
 
     Whole epochs in which each picture comes `repeats` times, as far as they go, each shuffled.
@@ -83,7 +83,7 @@ def draw(pictures: list[Picture], count: int, dropout: float, seed: int) -> list
     while len(order) < count:
         chance.shuffle(epoch)
         order += epoch
-    return [(number, chance.random() < dropout) for number in order[:count]]
+    return [(number, chance.random() < pictures[number].dropout) for number in order[:count]]
 
 
 def write_rows(pictures: list[Picture], drawn: list[tuple[int, bool]], path: Path) -> None:
@@ -91,9 +91,9 @@ def write_rows(pictures: list[Picture], drawn: list[tuple[int, bool]], path: Pat
     write_atomic(path, "".join(pictures[number].row(dropped) + "\n" for number, dropped in drawn))
 
 
-def write_encoding_rows(pictures: list[Picture], dropout: float, path: Path) -> None:
+def write_encoding_rows(pictures: list[Picture], path: Path) -> None:
     """The rows to encode once: each picture with its caption, and then, if captions are dropped, each without."""
-    variants = (False, True) if dropout else (False,)
+    variants = (False, True) if any(picture.dropout for picture in pictures) else (False,)
     write_atomic(path, "".join(picture.row(dropped) + "\n" for dropped in variants for picture in pictures))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.planning import Context, Kind, Translation
+from loraport.sets import image_sets, largest_resolution
 from loraport.spec.models import TrainSpec
 from loraport_diffsynth.capabilities import (
     OPTIMIZERS,
@@ -155,8 +156,8 @@ def _images(spec: TrainSpec, metadata: str) -> list[str]:
         *("--dataset_metadata_path", f"{DATASET}/{metadata}"),
         *("--data_file_keys", "image"),
         *("--dataset_num_workers", "0"),
-        *("--max_pixels", str(spec.dataset.resolution**2)),
-        *(["--extra_inputs", "loss_weight"] if spec.dataset.regularization.weight != 1 else []),
+        *("--max_pixels", str(largest_resolution(spec.dataset) ** 2)),
+        *(["--extra_inputs", "loss_weight"] if any(one.loss_weight != 1 for one in image_sets(spec.dataset)) else []),
     ]
 
 

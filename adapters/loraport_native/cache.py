@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,19 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraport.errors import DataError, RunFolderError
-from loraport.files import atomic_path
+from loraport.files import atomic_path, cache_home
 
 #: Raised whenever the code that fills the cache gives other numbers for the same input.
 CODE_VERSION = 1
 
 
 def cache_folder() -> Path:
-    """Where features are kept: $LORAPORT_CACHE, else $XDG_CACHE_HOME/loraport, else ~/.cache/loraport."""
-    chosen = os.environ.get("LORAPORT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser() / "features"
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "loraport" / "features"
+    """Where features are kept."""
+    return cache_home() / "features"
 
 
 def key(*parts: bytes | str | int | tuple[int, ...]) -> str:

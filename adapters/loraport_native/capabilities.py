@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from loraport.planning import Verdict, VerdictTable
-from loraport.spec.models import TrainSpec, value_at
+from loraport.planning import SETS, Verdict, VerdictTable
+from loraport.spec.models import TrainSpec, set_fields, value_at
 
 OPTIONS = {
     "device": "auto, cpu, mps, cuda or cuda:N",
@@ -95,9 +95,12 @@ def _dataset(table: VerdictTable) -> None:
     table.exact(
         "dataset.path",
         "dataset.caption_ext",
+        "dataset.caption_field",
         "dataset.default_caption",
         reason="read in place, never written to",
     )
+    table.exact(SETS, reason="mixed in every epoch, each with its own settings and buckets")
+    table.exact(*set_fields(table.spec), reason="for the images of this set")
     table.exact("dataset.trigger_word", reason="placed inside a JSON caption, in front of a plain one")
     table.exact("dataset.repeats", reason="each epoch holds every image this many times")
     table.exact(

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from loraport.buckets import Size, bucket_for
-from loraport.dataset import Item, scan
+from loraport.dataset import Item
 from loraport.errors import DataError
 from loraport.families import Family, check_family
 from loraport.plugins import plugins
 from loraport.run.events import Event, PhaseStarted, Progress, Warn
+from loraport.sets import ImageSet, held_out_items, subject, trained_sets
 from loraport.spec.models import TrainSpec
 from loraport_native import features
 from loraport_native.cache import Store, cache_folder, key
@@ -46,6 +47,7 @@ class Sample:
     text: str
     bucket: Size
     weight: float = 1.0  #: factor on the loss
+    caption_dropout: float = 0.0  #: share of its turns that have an empty caption
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def prepare(
 
     A model is loaded only when something of its is missing, and is gone before the next one comes. Each process of the
     group computes its share of what is missing.
+    The dataset's paths are folders (see `loraport.hub_datasets.on_disk`).
     `extra_captions` (prompts to draw) are encoded as they are. Raises DataError for what is wrong with images
     and captions (before any model is loaded, but for damaged pixels) and RunFolderError for a cache that cannot
     be written. Of what the loop reads, `HELD_BYTES` are kept in host memory.
@@ -105,7 +108,7 @@ def prepare(
         latents = key("image", image, picture.bucket, picture.mirrored, checkpoint.identity)
         pictures.setdefault(latents, picture)
         sources.setdefault(entry.caption, entry.name)
-        return Sample(entry.name, latents, text_key(entry.caption), picture.bucket, entry.weight)
+        return Sample(entry.name, latents, text_key(entry.caption), picture.bucket, entry.weight, entry.caption_dropout)
 
     trained, held_out = _entries(spec, family)
     samples = [one for entry in trained for one in [sample(entry)] * entry.repeats]
@@ -172,6 +175,7 @@ class _Entry:
     caption: str
     repeats: int = 1
     weight: float = 1.0
+    caption_dropout: float = 0.0
 
 
 def _share(missing: Mapping[str, T], group: Group, emit: Emit) -> tuple[dict[str, T], Emit]:
@@ -187,58 +191,30 @@ def _share(missing: Mapping[str, T], group: Group, emit: Emit) -> tuple[dict[str
 
 
 def _entries(spec: TrainSpec, family: Family) -> tuple[list[_Entry], list[_Entry]]:
-    """What is trained and what is held out. The trigger word goes into all captions but the regularisation's."""
-    dataset, regularization, validation = spec.dataset, spec.dataset.regularization, spec.validation
+    """What is trained and what is held out."""
+    dataset, multiple = spec.dataset, family.side_multiple
 
-    def entry(
-        root: Path, item: Item, mirrored: bool = False, trigger: bool = True, repeats: int = 1, weight: float = 1.0
-    ) -> _Entry:
-        caption = item.caption
-        if trigger and dataset.trigger_word:
-            caption = family.place_trigger(caption, dataset.trigger_word)
-        bucket = bucket_for(
-            item.size, dataset.resolution, family.side_multiple, dataset.upscale, dataset.aspect_buckets
-        )
+    def entry(one: ImageSet, root: Path, item: Item, mirrored: bool = False, repeats: int = 1) -> _Entry:
+        bucket = bucket_for(item.size, one.resolution, multiple, dataset.upscale, dataset.aspect_buckets)
         name = item.image.relative_to(root).as_posix()
-        return _Entry(name, Picture(item, bucket, mirrored), caption, repeats, weight)
+        picture = Picture(item, bucket, mirrored)
+        return _Entry(name, picture, item.caption, repeats, one.loss_weight, one.caption_dropout)
 
-    def read(root: Path, extension: str, default: str | None) -> list[Item]:
-        items = scan(root, extension, default)
+    def refuse_tiny(root: Path, items: list[Item]) -> None:
         if not dataset.upscale:
-            _refuse_tiny(root, items, family.side_multiple)
-        return items
+            _refuse_tiny(root, items, multiple)
 
-    items = read(dataset.path, dataset.caption_ext, dataset.default_caption)
-    held_out: list[_Entry] = []
-    if validation.every and validation.path:
-        others = read(validation.path, dataset.caption_ext, dataset.default_caption)
-        held_out = [entry(validation.path, item) for item in others]
-    elif validation.every:
-        if validation.images >= len(items):
-            raise DataError(
-                f"validation.images holds {validation.images} of {len(items)} images out of {dataset.path}; "
-                "none is left to train.",
-                hint="Hold out fewer, give a folder with validation.path, or set validation.every to 0.",
-            )
-        held_out = [entry(dataset.path, item) for item in items[-validation.images :]]
-        items = items[: -validation.images]
-    trained = [
-        entry(dataset.path, item, mirrored, repeats=dataset.repeats)
-        for item in items
-        for mirrored in ((False, True) if dataset.flip else (False,))
-    ]
-    if regularization.path:
-        trained += [
-            entry(
-                regularization.path,
-                item,
-                trigger=False,
-                repeats=regularization.repeats,
-                weight=regularization.weight,
-            )
-            for item in read(regularization.path, regularization.caption_ext, None)
-        ]
-    return trained, held_out
+    trained = []
+    for each in trained_sets(spec, family):
+        one = each.set
+        refuse_tiny(one.path, each.items)
+        sides = (False, True) if one.flip else (False,)
+        trained += [entry(one, one.path, item, side, each.repeats) for item in each.items for side in sides]
+    first = subject(dataset)
+    root = spec.validation.path or first.path
+    held_out = held_out_items(spec, family)
+    refuse_tiny(root, held_out)
+    return trained, [entry(first, root, item) for item in held_out]
 
 
 def _refuse_tiny(root: Path, items: list[Item], multiple: int) -> None:

@@ -109,6 +109,7 @@ def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None], 
     """Everything up to the first step: the data prepared, the model loaded, the adapter in it."""
     import torch
 
+    from loraport.hub_datasets import on_disk
     from loraport.plugins import plugins
     from loraport_native.compile import compile_model
     from loraport_native.data import prepare
@@ -132,9 +133,10 @@ def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None], 
     with group.leader_first():  # it may download, or write the tiny checkpoint
         name = _checkpoint_name(spec, run_dir)
         checkpoint = find_checkpoint(name, spec.model.revision, unconditional=is_guided(spec))
+        on_this_disk = on_disk(spec, run_dir)
     check_sampling(spec, checkpoint)
     prompts = spec.sample.prompts if spec.sample.every else []
-    data = prepare(spec, checkpoint, device, dtype, emit, extra_captions=prompts, group=group)
+    data = prepare(on_this_disk, checkpoint, device, dtype, emit, extra_captions=prompts, group=group)
 
     emit(PhaseStarted(phase="load", detail="transformer"))
     model, stream = load_placed(checkpoint, spec.memory, dtype, device)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from loraport.ideogram4 import IDEOGRAM4
-from loraport.planning import Verdict, VerdictTable
-from loraport.spec.models import TrainSpec
+from loraport.planning import SETS, Verdict, VerdictTable
+from loraport.sets import image_sets
+from loraport.spec.models import TrainSpec, set_fields
 from loraport_simpletuner import mapping, memory
 from loraport_simpletuner.recipe import SUPPORTED
 
@@ -16,6 +17,7 @@ def verdicts(spec: TrainSpec) -> list[Verdict]:
     _model(table)
     _dataset(table)
     _regularization(table)
+    _sets(table)
     _lora(table)
     _train(table)
     memory.judge(table)
@@ -65,35 +67,39 @@ def _dataset(table: VerdictTable) -> None:
     table.exact(
         "dataset.path",
         "dataset.caption_ext",
+        "dataset.caption_field",
         "dataset.default_caption",
         reason="staged as links, each caption one line of text beside its image; the folder is never written to",
     )
     table.exact("dataset.trigger_word", reason="placed while staging: inside a JSON caption, in front of a plain one")
-    _repeats(table, "dataset.repeats")
-    side = mapping.square_side(dataset.resolution)
-    if dataset.aspect_buckets and side != dataset.resolution:
-        table.approximated(
-            "dataset.resolution", reason=f"square images are trained at {side} px, near a megapixel step of SimpleTuner"
-        )
-    else:
-        table.exact("dataset.resolution", reason="resolution, in pixels")
+    _repeats(table, "dataset.repeats", dataset.repeats)
+    _resolution(table, "dataset.resolution", dataset.resolution)
     table.exact("dataset.aspect_buckets", reason="crop_aspect: preserve, or square; sides in multiples of 16")
     if dataset.upscale:
         table.exact("dataset.upscale", reason="SimpleTuner enlarges small images")
     else:
         table.approximated("dataset.upscale", reason="smaller images are enlarged all the same; the run warns of them")
     table.exact("dataset.flip", reason="mirrored copies are staged beside the originals")
-    table.exact("dataset.caption_dropout", reason="caption_dropout_probability")
+    if dataset.caption_dropout in (mapping.caption_dropout(table.spec), 0.0):
+        table.exact("dataset.caption_dropout", reason="caption_dropout_probability")
+    else:
+        table.ignored("dataset.caption_dropout", reason="every set says its own")
     if dataset.max_text_tokens == mapping.TOKENS:
         table.exact("dataset.max_text_tokens", reason="a longer caption ends the run")
     else:
         table.defaulted("dataset.max_text_tokens", reason=f"always {mapping.TOKENS}; a longer caption ends the run")
 
 
-def _repeats(table: VerdictTable, path: str) -> None:
+def _resolution(table: VerdictTable, path: str, resolution: int) -> None:
+    side = mapping.square_side(resolution)
+    if table.spec.dataset.aspect_buckets and side != resolution:
+        table.approximated(path, reason=f"square images are trained at {side} px, near a megapixel step of SimpleTuner")
+    else:
+        table.exact(path, reason="resolution, in pixels")
+
+
+def _repeats(table: VerdictTable, path: str, asked: int) -> None:
     train = table.spec.train
-    dataset = table.spec.dataset
-    asked = dataset.repeats if path == "dataset.repeats" else dataset.regularization.repeats
     given = mapping.repeats_of(table.spec, asked)
     if given == asked:
         table.exact(path, reason="repeats, which counts the times after the first")
@@ -118,11 +124,43 @@ def _regularization(table: VerdictTable) -> None:
         reason="a second data set, drawn from in proportion to its size; no step mixes both sets",
     )
     table.exact(f"{prefix}.caption_ext", reason="staged as the other captions are")
-    _repeats(table, f"{prefix}.repeats")
+    _repeats(table, f"{prefix}.repeats", regularization.repeats)
     if regularization.weight == 1:
         table.exact(f"{prefix}.weight", reason="all losses weigh the same")
     else:
         table.refused(f"{prefix}.weight", reason="SimpleTuner weighs all losses the same: set it to 1")
+
+
+def _sets(table: VerdictTable) -> None:
+    """What each set says itself; how it is staged and drawn."""
+    spec = table.spec
+    if not spec.dataset.sets:
+        table.exact(SETS, reason="one folder")
+        return
+    table.approximated(
+        SETS,
+        reason="a data set each, drawn from in proportion to its size or by its weight; no step mixes sets",
+    )
+    sets = {one.field: one for one in image_sets(spec.dataset)}
+    for path in set_fields(spec):
+        field, _, name = path.rpartition(".")
+        one = sets[field]
+        if name == "resolution":
+            _resolution(table, path, one.resolution)
+        elif name == "repeats":
+            _repeats(table, path, one.repeats)
+        elif name == "weight":
+            table.approximated(path, reason="probability: the set of each batch is drawn at random with these weights")
+        elif name == "caption_dropout" and one.caption_dropout != mapping.caption_dropout(spec):
+            table.defaulted(path, reason=f"{mapping.caption_dropout(spec):g}: SimpleTuner has one share for all sets")
+        elif name == "caption_dropout":
+            table.exact(path, reason="caption_dropout_probability")
+        elif name == "loss_weight":
+            table.refused(path, reason="SimpleTuner weighs all losses the same: set it to 1")
+        elif name == "regularization":
+            table.exact(path, reason="trained as it is; not is_regularisation_data, whose target is the base model's")
+        else:
+            table.exact(path, reason="staged so")
 
 
 def _lora(table: VerdictTable) -> None:

@@ -76,7 +76,6 @@ _SILENT = frozenset(
         "ideogram_auto_json",
         "ideogram_prompt_upsample",
         "text_embed_full_cache",
-        "data_backend_sampling",
         "disable_bucket_pruning",
         "quantize_via",
         "vae_dtype",
@@ -190,31 +189,53 @@ class _Import:
 
     def _dataset(self) -> dict[str, Any]:
         sets = [each for each in self.sets if each.get("dataset_type", "image") == "image"]
+        for each in self.sets:
+            if each not in sets and each.get("dataset_type") not in ("eval", "text_embeds", "image_embeds"):
+                self.note("data set", each.get("id"), f"the spec has none of the kind {each.get('dataset_type')!r}")
         first = sets[0] if sets else {}
-        folder = first.get("instance_data_dir")
-        if folder is None:
+        if first.get("instance_data_dir") is None:
             self.notes.append("no image data set with an instance_data_dir was found; dataset.path must be set")
         content: dict[str, Any] = {
-            "path": str(folder or "./images"),
-            "caption_ext": "txt",
-            "repeats": int(first.get("repeats") or 0) + 1,
-            "resolution": self._resolution(first),
             "aspect_buckets": not first.get("crop", False) or first.get("crop_aspect", "square") != "square",
             "upscale": True,
             "caption_dropout": self.get("caption_dropout_probability"),
         }
-        self._captions(first, content)
-        regular = [each for each in sets[1:] if each.get("id") == "regularization"]
-        if regular:
-            content["regularization"] = {
-                "path": str(regular[0].get("instance_data_dir")),
-                "caption_ext": "txt",
-                "repeats": int(regular[0].get("repeats") or 0) + 1,
-            }
-        for each in sets[1:]:
-            if each not in regular:
-                self.note("data set", each.get("id"), "the spec has one set of images")
+        sampling = self.take("data_backend_sampling", "uniform")
+        if len(sets) < 2:
+            return content | self._set(first)
+        content["sets"] = [self._set(each) | self._how_often(each, sampling) for each in sets]
+        self.notes = list(dict.fromkeys(self.notes))
         return content
+
+    def _set(self, each: dict[str, Any]) -> dict[str, Any]:
+        """A set of images without how often it is drawn, but for its repeats."""
+        found: dict[str, Any] = {
+            "path": str(each.get("instance_data_dir") or "./images"),
+            "caption_ext": "txt",
+            "repeats": int(each.get("repeats") or 0) + 1,
+            "resolution": self._resolution(each),
+        }
+        self._captions(each, found)
+        return found
+
+    def _how_often(self, each: dict[str, Any], sampling: str) -> dict[str, Any]:
+        """A weight where sets are drawn by probability, and what else tells one of several sets from the others."""
+        found: dict[str, Any] = {}
+        if each.get("is_regularisation_data") or each.get("is_regularization_data"):
+            found["regularization"] = True
+            self.notes.append(
+                f"data set {each.get('id')}: is_regularisation_data compares with the base model's prediction there; "
+                "the spec trains the images as they are"
+            )
+        if sampling == "uniform":
+            found |= {"weight": float(each.get("probability", 1)), "repeats": None}
+            self.notes.append(
+                "data sets are drawn by probability until they are used up there; in the spec these are the weights of "
+                "the sets in every epoch, instead of repeats"
+            )
+        elif each.get("probability", 1) != 1:
+            self.note("probability", each["probability"], "with auto-weighting sets are drawn by their sizes")
+        return found
 
     def _data_sets(self) -> list[dict[str, Any]]:
         named = self.take("data_backend_config")

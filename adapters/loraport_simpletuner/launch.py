@@ -25,6 +25,7 @@ from loraport.backend import Readiness
 from loraport.envs import find_interpreter, package_version, problem_with
 from loraport.errors import BackendError, LoraPortError, RunFolderError
 from loraport.files import write_atomic
+from loraport.hub_datasets import on_disk
 from loraport.run import events
 from loraport.run.errors_line import encode_error
 from loraport.run.events import Event, encode
@@ -92,7 +93,7 @@ def _train(run_dir: Path) -> int:
     if done and not resume:
         raise RunFolderError(f"{output} holds checkpoints of another training.", hint="Choose a new folder with --out.")
     _tell(events.PhaseStarted(phase="start", detail="images, checkpoint, environment"))
-    for warning in stage_images(spec, work):
+    for warning in stage_images(on_disk(spec, run_dir), work):
         _tell(events.Warn(message=warning))
     python = _interpreter(plan)
     command = [str(python), *plan["arguments"]]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from loraport.families import matches
 from loraport.ideogram4 import IDEOGRAM4
+from loraport.sets import image_sets
 from loraport.spec.models import TrainSpec
 from loraport_simpletuner.recipe import PINNED
 
@@ -141,6 +142,12 @@ def repeats_of(spec: TrainSpec, repeats: int) -> int:
     shape is always enough when it is repeated that often.
     """
     return max(repeats, spec.train.batch_size * spec.train.gradient_accumulation * spec.train.gpus)
+
+
+def caption_dropout(spec: TrainSpec) -> float:
+    """The one share of empty captions that SimpleTuner has for all sets: theirs where they agree, else dataset's."""
+    said = {one.caption_dropout for one in image_sets(spec.dataset)}
+    return said.pop() if len(said) == 1 else spec.dataset.caption_dropout
 
 
 def square_side(resolution: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.planning import Context, Kind, Translation
+from loraport.sets import ImageSet, image_sets, subject
 from loraport.spec.models import TrainSpec
 from loraport_simpletuner import mapping, memory
 from loraport_simpletuner.capabilities import verdicts
@@ -20,7 +21,6 @@ DATA = "config/multidatabackend.json"
 LYCORIS = "config/lycoris_config.json"
 LAUNCH = "launch.json"
 OUTPUT = "output"
-IMAGES, REGULARIZATION, HELD_OUT = "dataset/images", "dataset/regularization", "dataset/held-out"
 #: The held-out images' name in SimpleTuner's metrics.
 HELD_OUT_ID = "held-out"
 #: What SimpleTuner's own files have no room for; kept so that the files can be imported again.
@@ -104,16 +104,16 @@ def _config(spec: TrainSpec, resume: bool) -> dict[str, Any]:
         "flow_schedule_shift": 1.0,
         "offset_noise": False,
         "input_perturbation": 0.0,
-        "resolution": spec.dataset.resolution,
+        "resolution": subject(spec.dataset).resolution,
         "resolution_type": "pixel_area" if spec.dataset.aspect_buckets else "pixel",
         "aspect_bucket_alignment": str(IDEOGRAM4.side_multiple),
         "caption_strategy": "textfile",
-        "caption_dropout_probability": spec.dataset.caption_dropout,
+        "caption_dropout_probability": mapping.caption_dropout(spec),
         "ideogram_auto_json": False,
         "ideogram_prompt_upsample": False,
         # Projected text features are small, but need a download that exists for the official weights only.
         "text_embed_full_cache": mapping.is_local(spec.model.checkpoint),
-        "data_backend_sampling": "auto-weighting",
+        "data_backend_sampling": "auto-weighting" if _sets(spec)[0].weight is None else "uniform",
         "disable_bucket_pruning": False,
         **memory.keys(spec),
         "checkpoint_step_interval": spec.save.every,
@@ -211,34 +211,50 @@ def _validation(spec: TrainSpec) -> dict[str, Any]:
     }
 
 
+def folder_of(label: str) -> str:
+    """Where a set's images are staged, by its label."""
+    return f"dataset/{label}"
+
+
+def _sets(spec: TrainSpec) -> list[ImageSet]:
+    return image_sets(spec.dataset)
+
+
 def _data(spec: TrainSpec) -> list[dict[str, Any]]:
-    dataset = spec.dataset
-    sets = [_images(spec, "images", IMAGES, dataset.repeats)]
-    if dataset.regularization.path is not None:
-        sets.append(_images(spec, "regularization", REGULARIZATION, dataset.regularization.repeats))
+    sets = [_images(spec, one.label, one.resolution, one.repeats) | _drawn(spec, one) for one in _sets(spec)]
     if spec.validation.every:
         # Repeats would only measure the same again.
-        held_out = _images(spec, HELD_OUT_ID, HELD_OUT, 1) | {"dataset_type": "eval", "repeats": 0}
-        sets.append(held_out)
+        held_out = _images(spec, HELD_OUT_ID, subject(spec.dataset).resolution, 1)
+        sets.append(held_out | {"dataset_type": "eval", "repeats": 0})
     text = {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"}
     return [*sets, text]
 
 
-def _images(spec: TrainSpec, name: str, folder: str, repeats: int) -> dict[str, Any]:
+def _drawn(spec: TrainSpec, one: ImageSet) -> dict[str, Any]:
+    """Of a set with a weight: its probability, and so many repeats that no set is used up, after which only the others
+    would be drawn from."""
+    if one.weight is None:
+        return {}
+    train = spec.train
+    samples = train.steps * train.batch_size * train.gradient_accumulation * train.gpus
+    return {"probability": one.weight / sum(each.weight or 0.0 for each in _sets(spec)), "repeats": samples}
+
+
+def _images(spec: TrainSpec, label: str, resolution: int, repeats: int) -> dict[str, Any]:
     buckets = spec.dataset.aspect_buckets
     return {
-        "id": name,
+        "id": label,
         "type": "local",
         "dataset_type": "image",
-        "instance_data_dir": folder,
+        "instance_data_dir": folder_of(label),
         "caption_strategy": "textfile",
         "metadata_backend": "discovery",
         "crop": True,
         "crop_style": "center",
         "crop_aspect": "preserve" if buckets else "square",
-        "resolution": spec.dataset.resolution,
+        "resolution": resolution,
         "resolution_type": "pixel_area" if buckets else "pixel",
-        "cache_dir_vae": f"cache/vae/{name}",
+        "cache_dir_vae": f"cache/vae/{label}",
         # SimpleTuner counts the times after the first.
         "repeats": mapping.repeats_of(spec, repeats) - 1,
     }

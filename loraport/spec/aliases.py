@@ -71,3 +71,13 @@ ALIASES: dict[str, str] = {
     "guidance_scale": "sample.guidance",
     "sample_steps": "sample.steps",
 }
+
+#: Names of fields of a set of images that `dataset` itself has none of; those of `ALIASES` hold in a set too.
+SET_ALIASES: dict[str, str] = {
+    "is_reg": "regularization",
+    "is_regularisation_data": "regularization",
+    "is_regularization_data": "regularization",
+    "regularisation": "regularization",
+    "probability": "weight",
+    "loss_multiplier": "loss_weight",
+}

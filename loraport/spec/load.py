@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from loraport.errors import SpecError, nearest
-from loraport.spec.aliases import ALIASES
+from loraport.spec.aliases import ALIASES, SET_ALIASES
 from loraport.spec.migrate import migrate
-from loraport.spec.models import Section, TrainSpec, leaf_fields
+from loraport.spec.models import ImageSetSection, Section, TrainSpec, leaf_fields
 from loraport.spec.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1_000_000
 PATH_FIELDS = ("dataset.path", "dataset.regularization.path", "validation.path", "backend.python")
+
+_SET = re.compile(r"dataset\.sets\[\d+\]")
 
 # An error quotes what was written; its length must not get out of hand.
 _short = reprlib.Repr()
@@ -60,7 +62,7 @@ def build_spec(raw: Any, overrides: list[str] | None = None, *, base: Path, orig
         patch = _parse_override(override)
         _rename_aliases(patch, notices, f"--set {override}")
         _anchor_paths(patch, Path.cwd(), f"--set {override}")
-        _merge(content, patch)
+        _merge(content, patch, f"--set {override}")
     try:
         return LoadedSpec(TrainSpec.model_validate(content), notices)
     except ValidationError as error:
@@ -88,6 +90,7 @@ def _read(path: Path) -> Any:
 
 def _rename_aliases(content: dict[str, Any], notices: list[str], origin: str) -> None:
     """Move each foreign name to the spec's own, in place. A name given both ways is an error."""
+    _rename_sets(content, notices, origin)
     leaves = leaf_fields()
     sections: list[tuple[str, dict[str, Any]]] = [("", content)]
     sections += [(f"{key}.", value) for key, value in content.items() if isinstance(value, dict)]
@@ -112,19 +115,53 @@ def _rename_aliases(content: dict[str, Any], notices: list[str], origin: str) ->
             notices.append(f"{origin}: read {prefix}{key} as {target}")
 
 
+def _rename_sets(content: dict[str, Any], notices: list[str], origin: str) -> None:
+    """Move a list of data sets, written where other trainers have one, to dataset.sets, and name their fields."""
+    for key in ("datasets", "dataset"):
+        if isinstance(content.get(key), list):
+            if "dataset" in content and key != "dataset":
+                raise SpecError(f"{origin}: {key} and dataset.sets are the same field; keep one.")
+            content["dataset"] = {"sets": content.pop(key)}
+            notices.append(f"{origin}: read {key} as dataset.sets")
+    for path, mapping in _sets(content):
+        for key in [key for key in mapping if isinstance(key, str)]:
+            name = SET_ALIASES.get(key, ALIASES.get(key, "").removeprefix("dataset."))
+            if name not in ImageSetSection.model_fields or key in ImageSetSection.model_fields:
+                continue
+            if name in mapping:
+                raise SpecError(f"{origin}: {path}.{key} and {path}.{name} are the same field; keep one.")
+            mapping[name] = mapping.pop(key)
+            notices.append(f"{origin}: read {path}.{key} as {path}.{name}")
+
+
+def _sets(content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The path of each set of images in raw content, or in a patch of it (by number), with what it says."""
+    dataset = content.get("dataset")
+    sets = dataset.get("sets") if isinstance(dataset, dict) else None
+    numbered = enumerate(sets) if isinstance(sets, list) else sets.items() if isinstance(sets, dict) else ()
+    return [(f"dataset.sets[{number}]", one) for number, one in numbered if isinstance(one, dict)]
+
+
 def _anchor_paths(content: dict[str, Any], base: Path, origin: str) -> None:
-    """Make relative paths absolute, in place. A checkpoint is a path when it looks like one or is there."""
+    """Make relative paths absolute, in place. A checkpoint is a path when it looks like one or is there; a dataset of
+    the hub stays as it is."""
+    found: list[tuple[str, dict[str, Any], str]] = [(f"{path}.path", one, "path") for path, one in _sets(content)]
     for dotted in (*PATH_FIELDS, "model.checkpoint"):
         *parents, last = dotted.split(".")
         mapping: Any = content
         for part in parents:
             mapping = mapping.get(part) if isinstance(mapping, dict) else None
-        value = mapping.get(last) if isinstance(mapping, dict) else None
+        if isinstance(mapping, dict):
+            found.append((dotted, mapping, last))
+    for dotted, mapping, last in found:
+        value = mapping.get(last)
         if not isinstance(value, str):
             continue
         if not value or "\0" in value:
             raise SpecError(f"{origin}: {dotted}: {value!r} is not a path.")
         if dotted == "model.checkpoint" and not _is_path(value, base):
+            continue
+        if last == "path" and value.startswith("hub:"):
             continue
         mapping[last] = str((base / os.path.expanduser(value)).absolute())
 
@@ -139,23 +176,44 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise SpecError(f"--set {text!r}: write it as section.field=value, for example --set train.steps=10.")
     patch: Any = parse_yaml(value, f"--set {text}") if value.strip() else None
     for part in reversed(key.strip().split(".")):
-        patch = {part: patch}
+        name, *indices = re.split(r"\[(\d{1,4})\](?=\[|$)", part)
+        for index in reversed([index for index in indices if index]):
+            patch = {int(index): patch}
+        patch = {name: patch}
     assert isinstance(patch, dict)
     return patch
 
 
-def _merge(content: dict[str, Any], patch: dict[str, Any]) -> None:
+def _merge(content: dict[Any, Any], patch: dict[Any, Any], origin: str) -> None:
     for key, value in patch.items():
-        if isinstance(value, dict) and isinstance(content.get(key), dict):
-            _merge(content[key], value)
+        old = content.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            _merge(old, value, origin)
+        elif isinstance(value, dict) and any(isinstance(name, int) for name in value):
+            content[key] = _merged_list(old, value, key, origin)
         else:
             content[key] = value
+
+
+def _merged_list(old: Any, patch: dict[Any, Any], key: str, origin: str) -> list[Any]:
+    items = dict(enumerate(old if isinstance(old, list) else []))
+    (index,) = patch
+    if index not in items:
+        there = f"has [0] to [{len(items) - 1}]" if items else "is no list with anything in it"
+        raise SpecError(f"{origin}: {key}[{index}] is not there: {key} {there}.")
+    _merge(items, patch, origin)
+    return list(items.values())
 
 
 def _explain(error: ValidationError, content: dict[str, Any], origin: str) -> str:
     lines = [f"{origin} is not a valid spec:"]
     for problem in error.errors():
-        location = [str(part) for part in problem["loc"] if part not in ("str", "list[str]")]
+        location: list[str] = []
+        for part in problem["loc"]:
+            if isinstance(part, int) and location:
+                location[-1] += f"[{part}]"
+            elif part not in ("str", "list[str]"):
+                location.append(str(part))
         path = ".".join(location)
         if problem["type"] == "extra_forbidden":
             lines.append(f"  {path}: no such field.{_suggest(location)}")
@@ -185,6 +243,8 @@ def _suggest(location: list[str]) -> str:
     close = nearest(name, siblings)
     if close:
         return f" Did you mean {'.'.join([*parents, close])}?"
+    if parents and _SET.fullmatch(".".join(parents)):
+        return f" Choices: {', '.join(siblings)}."
     if name in ALIASES:
         return f" Did you mean {ALIASES[name]}?"
     elsewhere = nearest(name, {leaf.rsplit(".", 1)[-1] for leaf in leaves})
@@ -194,11 +254,14 @@ def _suggest(location: list[str]) -> str:
 
 def _children(prefix: str) -> list[str]:
     """The names of the fields and sections directly under a prefix, which is empty or ends in a dot."""
+    if _SET.fullmatch(prefix.removesuffix(".")):
+        return sorted(ImageSetSection.model_fields)
     return sorted({leaf[len(prefix) :].split(".")[0] for leaf in leaf_fields() if leaf.startswith(prefix)})
 
 
 def _describe(path: str) -> str:
-    info = leaf_fields().get(path)
+    parent, _, name = path.rpartition(".")
+    info = ImageSetSection.model_fields.get(name) if _SET.fullmatch(parent) else leaf_fields().get(path)
     return f" {info.description}" if info is not None else ""
 
 

@@ -11,7 +11,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 SPEC_VERSION: Final = 1
 #: File systems allow 255 bytes, and suffixes and numbers come to it.
@@ -62,21 +71,89 @@ class ModelSection(Section):
     dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Number format the model computes in.")
 
 
-class RegularizationSection(Section):
-    """Images of the general class, trained beside the subject so that the class does not drift."""
+CaptionExtension = Literal["json", "txt", "caption"]
 
-    path: Path | None = Field(None, description="Folder of regularisation images; none when left out.")
-    caption_ext: Literal["json", "txt", "caption"] = Field("json", description="Extension of its caption files.")
+#: A dataset of the Hugging Face hub, where a path may also be one.
+HUB_ID = re.compile(r"hub:(?P<repo>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?")
+
+
+def _folder_or_hub_id(path: Path | None) -> Path | None:
+    if path is not None and str(path).startswith("hub:") and not HUB_ID.fullmatch(str(path)):
+        raise ValueError("a dataset of the hub is hub:owner/name, or hub:owner/name@revision")
+    return path
+
+
+#: A folder, or a dataset of the hub as `HUB_ID` says it, which is downloaded when the run starts.
+ImageFolder = Annotated[Path, AfterValidator(_folder_or_hub_id)]
+
+
+class RegularizationSection(Section):
+    """Images of the general class, trained beside the subject so that the class does not drift. Short for a set with
+    `regularization: true` beside `dataset.path`; with `dataset.sets`, write that set instead."""
+
+    path: ImageFolder | None = Field(None, description="Folder of regularisation images; none when left out.")
+    caption_ext: CaptionExtension = Field("json", description="Extension of its caption files.")
     repeats: int = Field(1, ge=1, le=10_000, description="Times each regularisation image is seen in an epoch.")
     weight: float = Field(1.0, ge=0, le=100, description="Factor on the loss of regularisation images.")
 
 
-class DatasetSection(Section):
-    """Images and their captions."""
+class ImageSetSection(Section):
+    """One of several sets of images. What it leaves out (the dashes) is what `dataset` says, or its default; of that, a
+    regularisation set takes no trigger word, default caption or mirroring.
 
-    path: Path = Field(description="Folder of images, searched with its subfolders.")
-    caption_ext: Literal["json", "txt", "caption"] = Field(
-        "json", description="Extension of the caption file beside each image."
+    An epoch holds each image of a set `repeats` times. With `weight` instead, which all sets must then have, the share
+    of an epoch's samples that come from a set is its weight over the sum of all weights, however many images the sets
+    have: each image is repeated a whole number of times, the smallest that come within 1 % of every share.
+    """
+
+    path: ImageFolder = Field(
+        description="Folder of images, searched with its subfolders; or a hub dataset: hub:owner/name[@revision]."
+    )
+    caption_ext: CaptionExtension | None = Field(None, description="Extension of the caption file beside each image.")
+    caption_field: str | None = Field(
+        None, max_length=200, description="Column of metadata.jsonl or metadata.csv that holds the captions, instead."
+    )
+    default_caption: str | None = Field(None, description="Caption for images without one.")
+    trigger_word: str | None = Field(
+        None, max_length=200, description="Word placed in the captions of this set; '' for none."
+    )
+    resolution: int | None = Field(
+        None, ge=64, le=4096, multiple_of=16, description="Side in pixels of the square whose area is the pixel budget."
+    )
+    repeats: int | None = Field(None, ge=1, le=10_000, description="Times each image is seen in an epoch.")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="Share of the samples that come from this set, relative to other sets' weights; without repeats.",
+    )
+    flip: bool | None = Field(None, description="Also train each image mirrored left to right.")
+    caption_dropout: float | None = Field(
+        None, ge=0, le=1, description="Share of samples trained with an empty caption, 0 to 1."
+    )
+    regularization: bool = Field(
+        False, description="Images of the general class, so that the class does not drift; none is held out."
+    )
+    loss_weight: float = Field(1.0, gt=0, le=100, description="Factor on the loss of this set's images.")
+
+
+class DatasetSection(Section):
+    """Images and their captions: one folder (`path`), or several sets (`sets`), which take from here what they don't
+    say themselves."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["path"]}, {"required": ["sets"]}]})
+
+    path: ImageFolder | None = Field(
+        None,
+        description="Folder of images, searched with its subfolders; or a hub dataset: hub:owner/name[@revision].",
+    )
+    sets: list[ImageSetSection] = Field([], description="Several sets of images, instead of path.")
+    caption_ext: CaptionExtension = Field("json", description="Extension of the caption file beside each image.")
+    caption_field: str | None = Field(
+        None,
+        max_length=200,
+        description="Column of metadata.jsonl or metadata.csv that holds the captions, instead of caption files. Of a "
+        "hub dataset with such a file or parquet files the default is text.",
     )
     default_caption: str | None = Field(
         None,
@@ -109,6 +186,43 @@ class DatasetSection(Section):
     regularization: RegularizationSection = Field(
         default_factory=RegularizationSection, description="Optional regularisation set."
     )
+
+    @model_validator(mode="after")
+    def _one_folder_or_several_sets(self) -> Self:
+        if (self.path is None) != bool(self.sets):
+            raise ValueError(
+                "give path (one folder) or sets (several), not both"
+                if self.sets
+                else "needs path (one folder of images) or sets (several)"
+            )
+        if not self.sets:
+            return self
+        if self.regularization.path is not None:
+            raise ValueError("beside sets, write regularization.path as a set with regularization: true")
+        if all(one.regularization for one in self.sets):
+            raise ValueError("every set is regularisation, so there is nothing to learn: one must not be")
+        self._check_weights()
+        seen: dict[tuple[Any, ...], int] = {}
+        for number, one in enumerate(self.sets):
+            captions = one.caption_field or self.caption_field or one.caption_ext or self.caption_ext
+            first = seen.setdefault((str(one.path), one.resolution or self.resolution, captions), number)
+            if first != number:
+                raise ValueError(
+                    f"sets[{number}] is sets[{first}] once more, with the same path, captions and resolution: keep "
+                    "one, and give it repeats or a weight"
+                )
+        return self
+
+    def _check_weights(self) -> None:
+        if not any(one.weight for one in self.sets):
+            return
+        for number, one in enumerate(self.sets):
+            if one.weight is None:
+                raise ValueError(f"sets[{number}].weight is needed, for other sets have one")
+            if (one.repeats or self.repeats) != 1:
+                raise ValueError(
+                    f"sets[{number}] has a weight and repeats, which both say how often it is seen: keep one"
+                )
 
 
 class LoraSection(Section):
@@ -272,9 +386,10 @@ class ValidationSection(Section):
         1,
         ge=1,
         le=10_000,
-        description="Images held out of the dataset when no path is given (the last by file name).",
+        description="Images held out of the dataset when no path is given: the last by file name, of the first set "
+        "that is no regularisation.",
     )
-    path: Path | None = Field(None, description="Folder of held-out images with captions, instead.")
+    path: ImageFolder | None = Field(None, description="Folder of held-out images with captions, instead.")
 
 
 class BackendSection(Section):
@@ -345,9 +460,22 @@ def leaf_fields(section: type[BaseModel] = TrainSpec, prefix: str = "") -> dict[
     return leaves
 
 
+def set_fields(spec: TrainSpec) -> list[str]:
+    """The path of every field that a set of the spec says itself, as `dataset.sets[1].weight`, in order."""
+    return [
+        f"dataset.sets[{number}].{name}"
+        for number, one in enumerate(spec.dataset.sets)
+        for name, info in ImageSetSection.model_fields.items()
+        if info.is_required() or getattr(one, name) != info.default
+    ]
+
+
 def value_at(spec: TrainSpec, path: str) -> Any:
-    """The value at a dotted path of the spec."""
+    """The value at a dotted path of the spec, where [n] counts into a list."""
     value: Any = spec
     for part in path.split("."):
-        value = getattr(value, part)
+        name, *indices = part.rstrip("]").split("[")
+        value = getattr(value, name)
+        for index in indices:
+            value = value[int(index)]
     return value

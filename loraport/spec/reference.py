@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 import typing
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from loraport.spec.aliases import ALIASES
-from loraport.spec.models import Section, TrainSpec
+from loraport.spec.aliases import ALIASES, SET_ALIASES
+from loraport.spec.models import ImageSetSection, Section, TrainSpec
 
 
 def reference_page() -> str:
@@ -33,15 +34,18 @@ def reference_page() -> str:
         "|---|---|",
     ]
     lines += [f"| `{name}` | `{target}` |" for name, target in sorted(ALIASES.items())]
+    lines += [f"| `{name}` | `dataset.sets[n].{target}` |" for name, target in sorted(SET_ALIASES.items())]
     return "\n".join(lines) + "\n"
 
 
 def _section(section: type[Section], path: str) -> list[str]:
-    lines = [f"## {path}", "", (section.__doc__ or "").strip(), ""]
+    lines = [f"## {path}", "", inspect.cleandoc(section.__doc__ or ""), ""]
     lines += _field_table(section, path + ".")
     for name, info in section.model_fields.items():
         if _is_section(info.annotation):
             lines += _section(typing.cast(type[Section], info.annotation), f"{path}.{name}")
+        elif info.annotation == list[ImageSetSection]:
+            lines += _section(ImageSetSection, f"{path}.{name}[n]")
     return lines
 
 
@@ -68,7 +72,8 @@ def type_name(annotation: Any) -> str:
     if origin is typing.Annotated:
         return type_name(typing.get_args(annotation)[0])
     if origin is list:
-        return f"list of {type_name(typing.get_args(annotation)[0])}"
+        (part,) = typing.get_args(annotation)
+        return "list of sections" if _is_section(part) else f"list of {type_name(part)}"
     if origin is dict:
         return "mapping"
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}

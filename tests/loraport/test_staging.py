@@ -8,11 +8,7 @@ import pytest
 from PIL import Image
 
 from loraport.dataset import scan
-from loraport.errors import DataError
-from loraport.ideogram4 import IDEOGRAM4
-from loraport.spec.load import build_spec
-from loraport.spec.models import TrainSpec
-from loraport.staging import captioned_items, stage
+from loraport.staging import stage
 
 
 @pytest.fixture
@@ -23,16 +19,6 @@ def images(tmp_path: Path) -> Path:
         Image.new("RGB", (32, 32)).save(folder / f"{name}.PNG")
         (folder / f"{name}.json").write_text('{\n "high_level_description": "a, wall"\n}')
     return folder
-
-
-def spec_for(images: Path, **dataset: object) -> TrainSpec:
-    content = {
-        "name": "s",
-        "model": {"checkpoint": "tiny"},
-        "dataset": {"path": str(images), **dataset},
-        "validation": {"every": 0},
-    }
-    return build_spec(content, base=images, origin="test").spec
 
 
 def test_images_are_links_with_plain_names_and_captions_of_one_line(images: Path, tmp_path: Path) -> None:
@@ -77,13 +63,3 @@ def test_where_links_cannot_be_made_images_are_copied(
     ((image, _), *_) = stage(scan(images, "json"), tmp_path / "staged", lambda item: item.caption, ".txt")
     assert not image.is_symlink()
     assert image.read_bytes() == (images / "a b.PNG").read_bytes()
-
-
-def test_the_trigger_word_is_in_each_caption_and_held_out_images_are_not_there(images: Path) -> None:
-    spec = spec_for(images, trigger_word="qs")
-    assert all('"qs, a, wall"' in item.caption for item in captioned_items(spec, IDEOGRAM4))
-    held = spec.model_copy(update={"validation": spec.validation.model_copy(update={"every": 5, "images": 2})})
-    assert [item.image.name for item in captioned_items(held, IDEOGRAM4)] == ["a b.PNG"]
-    none = spec.model_copy(update={"validation": spec.validation.model_copy(update={"every": 5, "images": 3})})
-    with pytest.raises(DataError, match=r"validation\.images"):
-        captioned_items(none, IDEOGRAM4)

@@ -85,5 +85,26 @@ GOLDEN = {
         sample={"every": 100, "prompts": ["a tall ship"], "width": 640, "height": 1152, "seed": 3},
         validation={"every": 100, "path": "/data/held out"},
     ),
+    "sets": spec(
+        name="several",
+        dataset={
+            "path": None,
+            "resolution": 768,
+            "trigger_word": "mp_buggy",
+            "caption_dropout": 0.05,
+            "sets": [
+                {"path": "/data/photographs", "weight": 2},
+                {
+                    "path": "hub:someone/renders@v1",
+                    "caption_field": "text",
+                    "resolution": 512,
+                    "flip": True,
+                    "weight": 1,
+                },
+                {"path": "/data/cars", "caption_ext": "txt", "regularization": True, "weight": 1, "loss_weight": 0.5},
+            ],
+        },
+        validation={"every": 50},
+    ),
     "resume": spec(name="resumed", train={"steps": 750}, save={"every": 250, "keep": 2}),
 }

@@ -90,8 +90,8 @@ def test_a_run_tells_its_steps_and_saves_and_ends_with_the_final_file(run_dir: P
         (2, "backend/output/name/name_000000002.safetensors")
     ]
     assert read_save(run_dir / "backend/output/name/name.safetensors") is not None
-    assert (run_dir / layout.DATASET / "00002.txt").read_text() == "one,two"
-    with Image.open(run_dir / layout.DATASET / "00001.png") as image:
+    assert (run_dir / layout.set_folder("images") / "00002.txt").read_text() == "one,two"
+    with Image.open(run_dir / layout.set_folder("images") / "00001.png") as image:
         assert (image.mode, image.getpixel((0, 0))) == ("RGB", (255, 255, 255))
 
 

@@ -81,6 +81,27 @@ CASES: dict[str, dict[str, Any]] = {
         "memory": {"profile": "24gb"},
         "validation": {"every": 100, "path": "/data/held out"},
     },
+    "sets": {
+        **_BASE,
+        "name": "several",
+        "dataset": {
+            "path": None,
+            "resolution": 768,
+            "trigger_word": "mp_buggy",
+            "caption_dropout": 0.05,
+            "sets": [
+                {"path": "/data/photographs", "weight": 2},
+                {
+                    "path": "hub:someone/renders@v1",
+                    "caption_field": "text",
+                    "resolution": 512,
+                    "flip": True,
+                    "weight": 1,
+                },
+                {"path": "/data/cars", "caption_ext": "txt", "regularization": True, "weight": 1, "loss_weight": 0.5},
+            ],
+        },
+    },
     "resume": {**_BASE, "memory": {"quantize": "none"}},
 }
 

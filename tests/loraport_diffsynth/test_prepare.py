@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,29 +75,32 @@ def test_an_image_too_small_to_train_is_named(make_spec: MakeSpec, pictures: Pat
         prepare.write_pictures(make_spec(dataset={"path": str(pictures)}), tmp_path / "out", quiet)
 
 
-PICTURES = [Picture("a.png", "A", 3, 1.0), Picture("b.png", "B", 1, 1.0)]
+PICTURES = [Picture("a.png", "A", 3, 1.0, 0.0), Picture("b.png", "B", 1, 1.0, 0.0)]
+HALF = [replace(picture, dropout=0.5) for picture in PICTURES]
 
 
 def test_each_picture_is_drawn_as_often_as_its_repeats_say_and_the_count_is_exact() -> None:
-    assert Counter(number for number, _ in draw(PICTURES, 40, 0.0, seed=1)) == {0: 30, 1: 10}
-    assert len(draw(PICTURES, 7, 0.0, seed=1)) == 7
-    assert draw(PICTURES, 7, 0.5, seed=1) == draw(PICTURES, 7, 0.5, seed=1) != draw(PICTURES, 7, 0.5, seed=2)
+    assert Counter(number for number, _ in draw(PICTURES, 40, seed=1)) == {0: 30, 1: 10}
+    assert len(draw(PICTURES, 7, seed=1)) == 7
+    assert draw(HALF, 7, seed=1) == draw(HALF, 7, seed=1) != draw(HALF, 7, seed=2)
 
 
-def test_that_share_of_the_captions_is_empty() -> None:
-    dropped = sum(dropped for _, dropped in draw(PICTURES, 10_000, 0.25, seed=3))
-    assert 2300 < dropped < 2700
+def test_that_share_of_each_pictures_captions_is_empty() -> None:
+    pictures = [replace(PICTURES[0], dropout=0.25), PICTURES[1]]
+    dropped = Counter(number for number, dropped in draw(pictures, 10_000, seed=3) if dropped)
+    assert 0.23 * 7500 < dropped[0] < 0.27 * 7500
+    assert dropped[1] == 0
 
 
 def test_a_row_is_one_forward_pass_and_its_caption_a_string(tmp_path: Path) -> None:
     path = tmp_path / "metadata.jsonl"
-    prepare.write_rows([Picture("a.png", '{"x":"ü"}', 1, 1.0)], [(0, False), (0, True)], path)
+    prepare.write_rows([Picture("a.png", '{"x":"ü"}', 1, 1.0, 0.5)], [(0, False), (0, True)], path)
     assert [row["prompt"] for row in rows_of(path)] == ['{"x":"ü"}', ""]
     assert "ü" in path.read_text(encoding="utf-8")
 
 
 def test_encoded_rows_are_linked_in_the_order_drawn_and_old_links_go(tmp_path: Path) -> None:
-    prepare.write_encoding_rows(PICTURES, 0.5, tmp_path / "encode.jsonl")
+    prepare.write_encoding_rows(HALF, tmp_path / "encode.jsonl")
     assert [row["prompt"] for row in rows_of(tmp_path / "encode.jsonl")] == ["A", "B", "", ""]
     cache, order = tmp_path / "cache", tmp_path / "order"
     prepare.link_order(PICTURES, [(0, False)] * 9, cache, order)

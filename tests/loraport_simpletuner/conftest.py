@@ -97,6 +97,30 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         },
         False,
     ),
+    "sets": (
+        {
+            "name": "several",
+            "dataset": {
+                "path": None,
+                "resolution": 768,
+                "trigger_word": "mp_buggy",
+                "caption_dropout": 0.05,
+                "sets": [
+                    {"path": "/data/photographs", "weight": 2},
+                    {
+                        "path": "hub:someone/renders@v1",
+                        "caption_field": "text",
+                        "resolution": 512,
+                        "flip": True,
+                        "weight": 1,
+                    },
+                    {"path": "/data/cars", "caption_ext": "txt", "regularization": True, "weight": 1},
+                ],
+            },
+            "validation": {"every": 50},
+        },
+        False,
+    ),
     "resume": ({"name": "again", "train": {"steps": 4}, "save": {"every": 2}, "memory": {"quantize": "fp8"}}, True),
 }
 

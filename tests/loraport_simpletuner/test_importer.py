@@ -188,7 +188,14 @@ def foreign(tmp_path: Path) -> Path:
                     "resolution_type": "area",
                     "repeats": 4,
                 },
-                {"id": "more", "type": "local", "instance_data_dir": "more"},
+                {
+                    "id": "more",
+                    "type": "local",
+                    "instance_data_dir": "more",
+                    "probability": 0.5,
+                    "is_regularisation_data": True,
+                },
+                {"id": "depth", "dataset_type": "conditioning", "type": "local", "instance_data_dir": "depth"},
                 {"id": "held", "dataset_type": "eval", "type": "local", "instance_data_dir": "held"},
                 {"id": "t", "dataset_type": "text_embeds", "default": True},
             ]
@@ -201,13 +208,15 @@ def test_a_foreign_configuration_is_read_and_all_that_is_lost_is_told(foreign: P
     imported = import_config(foreign)
     spec = build_spec(imported.content, base=foreign, origin="imported").spec
     assert (spec.lora.rank, spec.lora.effective_alpha, spec.train.steps) == (8, 8.0, 900)
-    assert (spec.dataset.path, spec.dataset.repeats) == (foreign / "pics", 5)
-    assert (spec.dataset.resolution, spec.dataset.aspect_buckets) == (1024, False)
+    pics, more = spec.dataset.sets
+    assert (pics.path, pics.resolution, pics.weight) == (foreign / "pics", 1024, 1.0)
+    assert (more.path, more.weight, more.regularization) == (foreign / "more", 0.5, True)
+    assert (spec.dataset.aspect_buckets, spec.dataset.repeats) == (False, 1)
     assert (spec.validation.every, spec.validation.path) == (20, foreign / "held")
     # SimpleTuner's own defaults hold for what was left out.
     assert (spec.lora.dropout, spec.dataset.caption_dropout, spec.train.batch_size) == (0.1, 0.1, 4)
     notes = "\n".join(imported.notes)
-    for told in ("hub_model_id", "more", "adamw_bf16", "polynomial", "filename", "lora_dropout", "clips by norm"):
+    for told in ("hub_model_id", "more", "depth", "by probability until", "adamw_bf16", "polynomial", "filename", "lora_dropout", "clips by norm"):
         assert told in notes, told
 
 

@@ -14,7 +14,7 @@ from loraport.planning import Context, Kind
 from loraport_simpletuner.translate import translate
 
 HERE = Path(__file__).parent
-CASES = ("12gb", "24gb", "style", "lokr", "details", "multi-resolution", "resume")
+CASES = ("12gb", "24gb", "style", "lokr", "details", "multi-resolution", "sets", "resume")
 
 
 def files(make_spec: Any, golden_cases: dict[str, Any], name: str) -> dict[str, str]:

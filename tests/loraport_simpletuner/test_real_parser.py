@@ -75,7 +75,8 @@ HELD: dict[str, Callable[[Parsed, Parsed, Parsed], Any]] = {
 }
 #: Done by LoraPort itself, while staging, converting or starting; SimpleTuner has no argument for them.
 OURS = {
-    "version", "name", "dataset.path", "dataset.caption_ext", "dataset.caption_field", "dataset.sets", "dataset.default_caption", "dataset.trigger_word",
+    "version", "name", "dataset.path", "dataset.caption_ext", "dataset.caption_field", "dataset.sets",
+    "dataset.default_caption", "dataset.trigger_word",
     "dataset.upscale", "dataset.flip", "dataset.max_text_tokens", "dataset.regularization.path",
     "dataset.regularization.caption_ext", "dataset.regularization.repeats", "dataset.regularization.weight",
     "lora.rslora", "memory.profile", "memory.quantize", "memory.compute", "train.gpus",

@@ -34,6 +34,7 @@ def add_commands(cli: typer.Typer) -> None:
         overrides: Overrides = None,
     ) -> None:
         """Show what a backend would do with every field of SPEC. Writes and starts nothing."""
+        from loraport.preflight import check_captions
         from loraport.run.api import plan as make
 
         wanted = read_spec(spec, overrides)
@@ -52,6 +53,7 @@ def add_commands(cli: typer.Typer) -> None:
                 typer.secho(f"warning: {each.backend}: {warning}", fg=typer.colors.YELLOW, err=True)
         for each in plans:
             each.check(strict)
+        check_captions(first.spec)
 
 
 def _show(plan: Plan) -> None:

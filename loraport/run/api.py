@@ -59,15 +59,19 @@ def train(
     """Train `spec` in a new run folder and end with a LoRA that ComfyUI loads.
 
     `backend` overrides the spec's; `out` is the run folder (by default runs/<name>, numbered when that is taken). With
-    `strict` every field must be done exactly. `on_event` hears each event (`loraport.run.events`).
+    `strict` every field must be done exactly. Captions that no trainer may be given stop it before the run has a folder
+    (`loraport.preflight`). `on_event` hears each event (`loraport.run.events`).
 
     Raises SpecError, DataError, BackendError, OutOfMemoryError, RunFolderError or Interrupted; results of earlier runs
     stay as they are.
     """
+    from loraport.preflight import check_captions
+
     made = plan(spec, backend, out)
     made.check(strict)
     if made.memory is not None:
         made.memory.check()
+    check_captions(made.spec)
     chosen = _ready_backend(made)
     with RunFolder.create(made.run_dir, made) as folder:
         return _run(made, folder, chosen, on_event, resume=False)
@@ -79,6 +83,8 @@ def resume(folder: Path, on_event: OnEvent | None = None) -> RunResult:
     A run whose training is done only has its LoRA converted; of a finished one `on_event` hears that nothing was to do.
     Raises what `train` raises.
     """
+    from loraport.preflight import check_captions
+
     opened = RunFolder.open(folder)
     with opened:
         opened.lock()
@@ -90,6 +96,8 @@ def resume(folder: Path, on_event: OnEvent | None = None) -> RunResult:
             return RunResult(opened.path, lora, opened.proof_file, state.step)
         made = _plan(opened.read_spec(), state.backend, opened.path, resume=True)
         made.check()
+        if not state.trained:
+            check_captions(made.spec)
         backend = _ready_backend(made)
         opened.write_plan(made)
         return _run(made, opened, backend, on_event, resume=True)

@@ -206,7 +206,7 @@ class BoxStatistics:
             edge = (
                 f"{self._at_edge[convention]:,} of {self.boxes:,} boxes end exactly at their picture's edge in pixels"
             )
-            return f"all keep within their picture's own pixels, {edge}, and none comes near 1000"
+            return f"all keep within their picture's own pixels, {edge}, and none ends at 1000"
         votes = self._votes[OFFICIAL, True] + self._votes[OFFICIAL, False]
         return (
             f"read y first, {self._votes[OFFICIAL, False]:,} of {votes:,} boxes contradict their own description "

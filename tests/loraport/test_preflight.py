@@ -1,0 +1,109 @@
+"""A caption that would be trained as plain text stops the run before it starts, whatever the trainer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_datasets import CAPTION, compact, write_image, write_pair
+from typer.testing import CliRunner
+
+from loraport.cli.main import build_app
+from loraport.errors import DataError
+from loraport.plugins import plugins
+from loraport.preflight import check_captions
+from loraport.run.api import train
+from loraport.spec.load import build_spec
+from loraport.spec.models import TrainSpec
+
+BROKEN = compact(CAPTION)[:-1]
+BEFORE = "mp_dog, " + compact(CAPTION)
+
+
+def spec(folder: Path, **dataset: Any) -> TrainSpec:
+    model = {"checkpoint": "ideogram-ai/ideogram-4-fp8"}
+    content = {"name": "dog", "model": model, "dataset": {"path": str(folder), **dataset}}
+    return build_spec(content, base=folder, origin="the test").spec
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    write_image(folder / name).with_suffix(".json").write_text(text)
+
+
+def refusal(wanted: TrainSpec) -> str:
+    with pytest.raises(DataError) as caught:
+        check_captions(wanted)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("backend", list(plugins().backends()))
+def test_no_trainer_is_started_on_a_broken_caption(backend: str, tmp_path: Path) -> None:
+    write(tmp_path / "set", "a.png", BROKEN)
+    with pytest.raises(DataError, match=r"a\.json: Not valid JSON at line 1"):
+        train(spec(tmp_path / "set"), backend, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_before_the_json_is_refused_in_a_text_file_too(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a.png", BEFORE)
+    message = refusal(spec(tmp_path, caption_ext="txt", trigger_word="mp_dog"))
+    assert "The trigger word stands before the JSON ('mp_dog,')" in message
+    assert "`loraport check SPEC`" in message
+
+
+def test_ten_captions_are_named_and_the_others_counted(tmp_path: Path) -> None:
+    for number in range(12):
+        write(tmp_path, f"{number:02}.png", BROKEN)
+    message = refusal(spec(tmp_path))
+    assert message.startswith("12 captions would")
+    assert "09.json" in message
+    assert "10.json" not in message
+    assert "and 2 more" in message
+
+
+def test_every_folder_of_the_spec_is_looked_at(tmp_path: Path) -> None:
+    for name in ("images", "general", "held out"):
+        write_pair(tmp_path / name, "a.png")
+    content = {
+        "name": "dog",
+        "model": {"checkpoint": "tiny"},
+        "dataset": {"path": "images", "regularization": {"path": "general"}},
+        "validation": {"every": 1, "path": "held out"},
+    }
+    wanted = build_spec(content, base=tmp_path, origin="the test").spec
+    check_captions(wanted)
+    for name in ("general", "held out"):
+        (tmp_path / name / "a.json").write_text(BROKEN)
+        assert f"{name}{os.sep}a.json" in refusal(wanted)
+        (tmp_path / name / "a.json").write_text(compact(CAPTION))
+
+
+def test_a_broken_default_caption_is_named_by_its_field(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    assert "dataset.default_caption: " in refusal(spec(tmp_path, default_caption=BEFORE))
+
+
+def test_other_faults_stop_no_run(tmp_path: Path) -> None:
+    """They are told by `loraport check`, or by the trainer that cannot read the file."""
+    write(tmp_path, "keys.png", compact({"background": "a wall"}))
+    write(tmp_path, "empty.png", "")
+    write_image(tmp_path / "missing.png")
+    write_image(tmp_path / "bytes.png").with_suffix(".json").write_bytes(b"\xff{}")
+    write_image(tmp_path / "long.png").with_suffix(".json").write_bytes(b"{" * 1_000_001)
+    write_image(tmp_path / "folder.png").with_suffix(".json").mkdir()
+    check_captions(spec(tmp_path))
+
+
+def test_a_folder_that_is_not_here_is_no_matter_of_the_captions(tmp_path: Path) -> None:
+    check_captions(spec(tmp_path / "gone"))
+
+
+def test_plan_shows_its_table_and_then_refuses(tmp_path: Path) -> None:
+    write(tmp_path / "set", "a.png", BROKEN)
+    (tmp_path / "spec.yaml").write_text("name: dog\nmodel: {checkpoint: tiny}\ndataset: {path: set}\n")
+    result = CliRunner().invoke(build_app(), ["plan", str(tmp_path / "spec.yaml")])
+    assert result.exit_code == 4
+    assert "train.learning_rate" in result.stdout
+    assert "a.json" in result.stderr

@@ -249,3 +249,112 @@ def test_reading_changes_nothing_in_the_given_mapping(tmp_path: Path) -> None:
 def test_load_on_the_model_gives_the_same_spec(write: Any) -> None:
     path = write(MINIMAL)
     assert TrainSpec.load(path, ["train.steps=3"]) == load_spec(path, ["train.steps=3"]).spec
+
+
+SETS = "name: demo\nmodel: {checkpoint: org/name}\n"
+
+
+def sets(*entries: str, shared: str = "") -> str:
+    return SETS + f"dataset:\n  {shared or 'repeats: 1'}\n  sets:\n" + "".join(f"    - {{{one}}}\n" for one in entries)
+
+
+def test_several_sets_have_their_paths_from_the_spec_file_and_the_hubs_stay(write: Any, tmp_path: Path) -> None:
+    spec = load_spec(write(sets("path: one", "path: ../two", "path: 'hub:me/mine@v1'"))).spec
+    assert spec.dataset.path is None
+    assert [str(one.path) for one in spec.dataset.sets] == [
+        str(tmp_path / "one"),
+        f"{tmp_path}/../two",
+        "hub:me/mine@v1",
+    ]
+
+
+@pytest.mark.parametrize("written", ["datasets", "dataset"])
+def test_a_list_as_other_trainers_have_it_is_read_with_a_notice(write: Any, tmp_path: Path, written: str) -> None:
+    text = (
+        f"{SETS}{written}:\n  - folder_path: one\n    num_repeats: 3\n  - {{path: two, is_reg: true, flip_x: true}}\n"
+    )
+    loaded = load_spec(write(text))
+    one, two = loaded.spec.dataset.sets
+    assert (one.path, one.repeats) == (tmp_path / "one", 3)
+    assert (two.regularization, two.flip) == (True, True)
+    told = "\n".join(loaded.notices)
+    for notice in (
+        f"read {written} as dataset.sets",
+        "read dataset.sets[0].folder_path as dataset.sets[0].path",
+        "read dataset.sets[0].num_repeats as dataset.sets[0].repeats",
+        "read dataset.sets[1].is_reg as dataset.sets[1].regularization",
+    ):
+        assert notice in told
+
+
+def test_set_reaches_into_the_list(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(sets("path: one", "path: two, weight: 1", "path: three, weight: 5"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    overrides = ["dataset.sets[0].weight=2", "dataset.sets[1].folder_path=elsewhere", "dataset.resolution=512"]
+    one, two, three = load_spec(path, overrides).spec.dataset.sets
+    assert (one.weight, one.path, three.weight) == (2.0, tmp_path / "one", 5.0)
+    assert two.path == tmp_path / "here" / "elsewhere"
+    listed = "sample={every: 5, prompts: [a, b]}"
+    assert load_spec(path, ["dataset.sets[0].weight=2", listed, "sample.prompts[1]=c"]).spec.sample.prompts == [
+        "a",
+        "c",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        (
+            ["path: a, resolutoin: 512"],
+            "dataset.sets[0].resolutoin: no such field. Did you mean dataset.sets[0].resolution?",
+        ),
+        (
+            ["path: a", "qqqq: 1, path: b"],
+            "dataset.sets[1].qqqq: no such field. Choices: caption_dropout, caption_ext,",
+        ),
+        (["path: a", "repeats: 2"], "dataset.sets[1].path: needed, but not there. Folder of images"),
+        (["path: a, resolution: 1000"], "dataset.sets[0].resolution: input should be a multiple of 16 (got 1000)"),
+        (["path: a, weight: 0"], "dataset.sets[0].weight: input should be greater than 0 (got 0)"),
+        (["path: a, weight: -1"], "dataset.sets[0].weight: input should be greater than 0 (got -1)"),
+        (["path: a, weight: true"], "dataset.sets[0].weight: a number belongs here (got True)"),
+        (["path: a, weight: 1", "path: b"], "dataset: sets[1].weight is needed, for other sets have one"),
+        (["path: a, weight: 1, repeats: 2"], "dataset: sets[0] has a weight and repeats"),
+        (["path: a, regularization: true"], "dataset: every set is regularisation"),
+        (["path: a", "path: ./a"], "dataset: sets[1] is sets[0] once more"),
+        (["path: 'hub:mine'"], "dataset.sets[0].path: a dataset of the hub is hub:owner/name"),
+        (["path: 'hub:me/mine@'"], "dataset.sets[0].path: a dataset of the hub is hub:owner/name"),
+        (["path: a, folder_path: b"], "dataset.sets[0].folder_path and dataset.sets[0].path are the same field"),
+        (["path: ''"], "dataset.sets[0].path: '' is not a path"),
+    ],
+)
+def test_what_is_wrong_with_a_set_is_told_with_its_place(write: Any, entries: list[str], says: str) -> None:
+    assert says in refused(write(sets(*entries)))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "says"),
+    [
+        ("dataset: {}", "dataset: needs path (one folder of images) or sets (several)"),
+        ("dataset: {sets: []}", "dataset: needs path (one folder of images) or sets (several)"),
+        ("dataset: {path: a, sets: [{path: b}]}", "dataset: give path (one folder) or sets (several), not both"),
+        ("dataset: {sets: [{path: a}], regularization: {path: b}}", "as a set with regularization: true"),
+        ("dataset: {sets: [{path: a, weight: 1}], repeats: 2}", "sets[0] has a weight and repeats"),
+        ("dataset: {sets: [5]}", "dataset.sets[0]: a section with fields belongs here: caption_dropout,"),
+        ("dataset: {sets: 5}", "dataset.sets: input should be a valid list (got 5)"),
+        ("dataset: {path: a}\ndatasets: [{path: b}]", "datasets and dataset.sets are the same field; keep one"),
+    ],
+)
+def test_a_dataset_is_one_folder_or_several_sets(write: Any, dataset: str, says: str) -> None:
+    assert says in refused(write(f"{SETS}{dataset}\n"))
+
+
+def test_the_same_folder_at_two_resolutions_or_with_two_captions_is_meant(write: Any) -> None:
+    entries = ["path: a", "path: a, resolution: 512", "path: a, caption_ext: txt", "path: a, caption_field: text"]
+    assert len(load_spec(write(sets(*entries))).spec.dataset.sets) == 4
+
+
+def test_set_outside_the_list_says_how_long_it_is(write: Any) -> None:
+    path = write(sets("path: a", "path: b"))
+    assert "sets[2] is not there: sets has [0] to [1]" in refused(path, ["dataset.sets[2].path=c"])
+    assert "sets[0] is not there" in refused(write(MINIMAL), ["dataset.sets[0].path=c"])

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from loraport.spec.load import build_spec
-from loraport.spec.models import Section, TrainSpec, leaf_fields, value_at
+from loraport.spec.models import ImageSetSection, Section, TrainSpec, leaf_fields, set_fields, value_at
 from loraport.spec.yaml_text import parse_yaml
 
 MINIMAL: dict[str, Any] = {"name": "a", "model": {"checkpoint": "tiny"}, "dataset": {"path": "/a"}}
 
 
 def sections(section: type[Section] = TrainSpec) -> list[type[Section]]:
-    found = [section]
+    found = [section, *([ImageSetSection] if section is TrainSpec else [])]
     for info in section.model_fields.values():
         if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
             found += sections(info.annotation)
@@ -88,6 +88,16 @@ _options = st.dictionaries(
     st.recursive(_word | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans(), st.lists),
     max_size=3,
 )
+_set = st.fixed_dictionaries(
+    {"path": _path},
+    optional={
+        "repeats": st.integers(1, 99),
+        "resolution": st.integers(4, 256).map(lambda n: 16 * n),
+        "caption_field": _word,
+        "flip": st.booleans(),
+        "loss_weight": st.floats(0.001, 100),
+    },
+)
 _specs = st.fixed_dictionaries(
     {
         "name": _name,
@@ -96,6 +106,10 @@ _specs = st.fixed_dictionaries(
             optional={"revision": _word, "dtype": st.sampled_from(["bf16", "fp32"])},
         ),
         "dataset": st.fixed_dictionaries(
+            {"sets": st.lists(_set, min_size=1, max_size=3, unique_by=lambda one: one["path"])},
+            optional={"caption_dropout": st.floats(0, 1), "trigger_word": _word},
+        )
+        | st.fixed_dictionaries(
             {"path": _path},
             optional={
                 "trigger_word": _word,
@@ -157,6 +171,7 @@ def test_the_json_schema_accepts_a_good_spec_and_refuses_bad_ones() -> None:
         {**MINIMAL, "train": {"stpes": 5}},
         {**MINIMAL, "train": {"optimizer": "adam"}},
         {**MINIMAL, "dataset": {}},
+        {**MINIMAL, "dataset": {"sets": [{"resolution": 512}]}},
         {**MINIMAL, "dataset": {"path": "/a", "resolution": 1000}},
         {**MINIMAL, "version": 2},
     ):
@@ -175,3 +190,17 @@ def test_checkpointing_takes_other_trainers_switch_too(written: bool | str | Non
 
 def test_one_prompt_may_stand_without_a_list() -> None:
     assert TrainSpec.model_validate({**MINIMAL, "sample": {"prompts": "one"}}).sample.prompts == ["one"]
+
+
+def test_the_fields_of_sets_are_those_that_they_say_themselves() -> None:
+    sets = [{"path": "/a", "resolution": 512}, {"path": "/b", "repeats": 1, "regularization": True}]
+    spec = TrainSpec.model_validate({**MINIMAL, "dataset": {"sets": sets}})
+    assert set_fields(spec) == [
+        "dataset.sets[0].path",
+        "dataset.sets[0].resolution",
+        "dataset.sets[1].path",
+        "dataset.sets[1].repeats",
+        "dataset.sets[1].regularization",
+    ]
+    assert [value_at(spec, path) for path in set_fields(spec)] == [Path("/a"), 512, Path("/b"), 1, True]
+    assert set_fields(TrainSpec.model_validate(MINIMAL)) == []

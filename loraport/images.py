@@ -78,11 +78,16 @@ def orientation(image: Image.Image) -> int:
     return found if found in TURNS else 1
 
 
-def load_pixels(path: Path) -> Image.Image:
-    """RGB of 8 bits, upright, transparency on white. Raises FileProblem, also for a file that is cut short."""
+def load_pixels(path: Path, at_least: int | None = None) -> Image.Image:
+    """RGB of 8 bits, upright, transparency on white. Raises FileProblem, also for a file that is cut short.
+
+    at_least: a JPEG may be decoded smaller, which is much faster, but neither side below so many pixels.
+    """
     with open_image(path) as image:
         turn = TURNS.get(orientation(image))
         try:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
             image.load()
         except Exception as error:  # decoders raise many types over damaged files
             raise FileProblem(f"the image is damaged or cut short ({error})") from error

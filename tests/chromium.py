@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,14 @@ from typing import Any
 
 import pytest
 
+#: The browser reads its commands at descriptor 3 and answers at 4, whatever numbers these have here.
+_PLUMBING = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -109,12 +118,11 @@ def chromium(profile: Path) -> Iterator[Browser]:
         pytest.skip("there is no Chromium here")
     commands, to_browser = os.pipe()
     from_browser, answers = os.pipe()
-    # The browser reads its commands at descriptor 3 and answers at 4, whatever numbers they have here.
-    shell = f'exec "$@" 3<&{commands} 4>&{answers}'
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
     quiet = ("--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-component-update")
+    plumbing = (sys.executable, "-c", _PLUMBING, str(commands), str(answers))
     process = subprocess.Popen(
-        ["sh", "-c", shell, "sh", found, *options, *quiet, f"--user-data-dir={profile}", "--remote-debugging-pipe"],
+        [*plumbing, found, *options, *quiet, f"--user-data-dir={profile}", "--remote-debugging-pipe"],
         pass_fds=(commands, answers),
         stderr=subprocess.DEVNULL,
     )

@@ -32,6 +32,7 @@ def test_the_wheel_holds_our_packages_and_nothing_else(wheel: Path) -> None:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == PACKAGES
     assert {"loraport_profiles/hardware/12gb.yaml", "loraport_profiles/measured.jsonl"} <= set(names)
+    assert {"loraport_dataset/report/page.html.jinja", "loraport_dataset/report/style.css"} <= set(names)
 
 
 def test_a_fresh_environment_trains_the_quickstart_from_the_wheel(wheel: Path, tmp_path: Path) -> None:

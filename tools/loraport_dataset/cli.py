@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from loraport_dataset import check_command, wrap_command
+from loraport_dataset import check_command, stats_command, wrap_command
+from loraport_dataset.captioning import command as caption_command
 from loraport_dataset.fixing import command as fix_command
 
 app = typer.Typer(help="Look after a dataset.", no_args_is_help=True)
@@ -16,5 +17,7 @@ def _dataset() -> None:
 
 
 check_command.add_commands(app)
+stats_command.add_commands(app)
 fix_command.add_commands(app)
 wrap_command.add_commands(app)
+caption_command.add_commands(app)

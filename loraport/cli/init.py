@@ -10,6 +10,7 @@ import typer
 from loraport.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from loraport.dataset import Item
     from loraport.families import Family
     from loraport.gpu import Card
     from loraport.spec.models import TrainSpec
@@ -77,7 +78,7 @@ def init(
     write_atomic(output, render(spec, notes, output))
 
     typer.echo(f"Wrote {output}: {spec.dataset.resolution} px, {spec.train.steps} steps.")
-    for path in ("dataset.path", "dataset.default_caption", "train.steps", "memory.profile"):
+    for path in ("dataset.path", "dataset.default_caption", "train.steps", "lora.rank", "memory.profile", "save.keep"):
         typer.echo(f"  {path}: {notes[path]}")
     typer.echo(
         f"Read it, then:\n  loraport plan {shlex.quote(str(output))}\n  loraport train {shlex.quote(str(output))}"
@@ -90,6 +91,7 @@ def propose(images_dir: Path, output: Path, name: str | None, card: Card | None)
     `output` is where it will be written, which relative paths start from. Raises DataError for a folder that is
     not a usable dataset; captions may be missing.
     """
+    from loraport.advice import RANKS_TEXT, STEPS_TEXT
     from loraport.dataset import find_images, scan
     from loraport.plugins import plugins
     from loraport.spec.load import build_spec
@@ -109,8 +111,8 @@ def propose(images_dir: Path, output: Path, name: str | None, card: Card | None)
         "dataset.default_caption": _caption_note(extension, captioned, missing),
         "dataset.trigger_word": "Advice: a rare word, such as mp_scifi_buggy.",
         "dataset.resolution": "The median size of the images, so that few of them lose detail.",
-        "train.steps": f"Advice: 60 to 120 steps an image for one subject, 15 to 30 for a style; here {steps} "
-        f"for {len(items)}.",
+        "lora.rank": f"{RANKS_TEXT}.",
+        "train.steps": f"{STEPS_TEXT}; here {steps} for {len(items)} images.",
         "memory.profile": why_profile,
         "sample.prompts": "Write one as your captions are written.",
     }
@@ -129,13 +131,17 @@ def propose(images_dir: Path, output: Path, name: str | None, card: Card | None)
         "memory": {"profile": profile},
         "save": {"every": max(steps // 4, 1)},
     }
-    return build_spec(content, base=output.absolute().parent, origin="The proposed spec").spec, notes
+    spec = build_spec(content, base=output.absolute().parent, origin="The proposed spec").spec
+    time, disk = _time_and_disk(spec, items, family)
+    notes["memory.profile"] += f" {time}"
+    return spec, notes | {"save.keep": disk}
 
 
 def render(spec: TrainSpec, notes: dict[str, str], output: Path) -> str:
     """The spec as YAML: each field under its description and note. Reading it as `output` gives the same spec."""
     import textwrap
 
+    from loraport.sets import subject
     from loraport.spec.load import build_spec, parse_yaml
     from loraport.spec.models import leaf_fields, value_at
 
@@ -152,7 +158,7 @@ def render(spec: TrainSpec, notes: dict[str, str], output: Path) -> str:
         lines += textwrap.wrap(comment, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
         value = value_at(spec, path)
         if path == "dataset.path":
-            value = _written_path(spec.dataset.path, output)
+            value = _written_path(subject(spec.dataset).path, output)
         lines.append(f"{indent}{key}: {_scalar(value)}")
     text = "\n".join(lines) + "\n"
     read = build_spec(parse_yaml(text, str(output)), base=output.absolute().parent, origin=str(output)).spec
@@ -174,6 +180,22 @@ def _scalar(value: Any) -> str:
         except SpecError:
             pass  # not plain YAML; quoted below
     return json.dumps(value, ensure_ascii=False)
+
+
+def _time_and_disk(spec: TrainSpec, items: list[Item], family: Family) -> tuple[str, str]:
+    """Notes on what the proposed run takes on this machine, by the sizes and captions of its images."""
+    from loraport.advice import SetFacts, advice_for, together
+    from loraport.buckets import bucket_for
+    from loraport.families import BYTES_PER_TOKEN
+    from loraport.sets import subject
+
+    one, multiple = subject(spec.dataset), family.side_multiple
+    # What is too small for any bucket is told when the dataset is read for training.
+    sides = [bucket_for(item.size, one.resolution, multiple, min(item.size) < multiple) for item in items]
+    tokens = sum(-(-len(item.caption.encode()) // BYTES_PER_TOKEN) for item in items)
+    facts = together(spec, [SetFacts(one, len(items), sum(w * h for w, h in sides), tokens)], exact=True)
+    advice = advice_for(spec, facts=facts)
+    return f"Time: {advice.time_line()}", f"Disk: {advice.disk_line()}"
 
 
 def _valid_name(images_dir: Path) -> str:

@@ -29,7 +29,8 @@ def _a_known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hardware", name): Profile("hardware", name, "", {"storage": "fp8", "compute": "fp8"}, gib)
         for name, gib in SIZES.items()
     }
-    monkeypatch.setattr(type(plugins()), "profiles", lambda self: known)
+    others = {key: profile for key, profile in plugins().profiles().items() if key[0] != "hardware"}
+    monkeypatch.setattr(type(plugins()), "profiles", lambda self: known | others)
 
 
 SIZES = {"12gb": 12, "24gb": 24, "48gb": 48}
@@ -74,7 +75,11 @@ def test_it_fits_the_dataset_and_the_card(tmp_path: Path) -> None:
     assert spec.dataset.resolution == 544  # 554 px is the root of 640 x 480
     assert 60 * 4 <= spec.train.steps <= 120 * 4
     assert spec.memory.profile == "24gb"
-    assert "Advice: 60 to 120 steps an image" in told
+    assert "Advice (public guides, at batch size 1): 60 to 120 an image for a focused object" in told
+    assert "16 for a LoRA used alone, 8 for one stacked with others" in told
+    assert "Disk: about " in told
+    written = " ".join((tmp_path / "spec.yaml").read_text().replace("#", "").split())
+    assert "Time: not known: no training with these memory settings has been measured" in written
     assert "Some Card" in told
     assert f"loraport train {tmp_path / 'spec.yaml'}" in told
 

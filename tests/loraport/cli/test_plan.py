@@ -252,3 +252,14 @@ def test_a_wrong_option_or_argument_ends_with_two(spec_file: Path) -> None:
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")
         assert "Error" in err
+
+
+def test_advice_stands_beside_the_verdicts_and_changes_no_exit_code(spec_file: Path) -> None:
+    code, out, _ = run("plan", spec_file, "--set", "train.steps=1")
+    assert code == 0
+    assert "Steps 1 steps. Advice (public guides, at batch size 1): 60 to 120 an image" in out
+    assert "Rank 16. Advice (public guides)" in out
+    assert "Time not known: the tiny checkpoint is only for trying things out" in out
+    assert "Disk not known" in out
+    code, out, _ = run("plan", spec_file, "--json")
+    assert json.loads(out)["advice"]["time"]["seconds"] is None

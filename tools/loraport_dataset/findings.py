@@ -11,6 +11,8 @@ from typing import Any, TextIO
 from loraport.rules import SEVERITIES, Finding, Rule
 
 FORMAT_VERSION = 1
+#: Examples of a rule that are of the same file, at most: others show more.
+_OF_ONE_FILE = 3
 #: Takes each finding as it is found, with the title of its dataset.
 Sink = Callable[[str, Finding], None]
 
@@ -51,7 +53,9 @@ class Report:
         counted = self.rules.setdefault(finding.rule, RuleCount(rule))
         counted.count += 1
         if len(counted.examples) < self.keep:
-            counted.examples.append((dataset, finding))
+            same = sum(one.file == finding.file for _, one in counted.examples)
+            if same < _OF_ONE_FILE or not finding.file:
+                counted.examples.append((dataset, finding))
 
     @property
     def counts(self) -> Counter[str]:

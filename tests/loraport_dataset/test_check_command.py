@@ -1,0 +1,267 @@
+"""`loraport dataset check`, `loraport check` and `loraport dataset rules`, as a person or a script meets them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_datasets import CAPTION, compact, write_image, write_pair
+from typer.testing import CliRunner
+
+from loraport.cli.main import build_app
+
+BROKEN = {"high_level_description": "A dog."}
+SMALL = ("--resolution", "64")
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(build_app(), list(map(str, arguments)))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def write_spec(folder: Path, dataset: str, rest: str = "") -> Path:
+    spec = folder / "spec.yaml"
+    spec.write_text(f"name: dog\nmodel: {{checkpoint: tiny}}\ndataset: {dataset}\n{rest}")
+    return spec
+
+
+def test_a_sound_folder_ends_with_zero_and_one_line_of_numbers(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a.png")
+    code, out, _ = run("dataset", "check", tmp_path, *SMALL)
+    assert code == 0
+    assert f"{tmp_path}: 1 images, 1 captions (.json), for Ideogram 4 at 64 px\n0 errors, 0 warnings, 0 advice." in out
+
+
+def test_errors_end_with_four_after_a_summary_and_then_the_details(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a.png")
+    write_pair(tmp_path, "b.png", BROKEN, seed=1)
+    code, out, _ = run("dataset", "check", tmp_path, *SMALL)
+    assert code == 4
+    summary, details = out.split("\nerror root", 1)
+    assert "1 error, 0 warnings, 0 advice." in summary
+    assert "b.json: Required and missing." in summary
+    assert "b.json compositional_deconstruction: Required and missing." in details
+    assert 'Write at least {"background":"...","elements":[]}.' in details
+
+
+def test_warnings_end_with_zero_and_with_strict_with_four(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        write_pair(tmp_path, name)
+    assert run("dataset", "check", tmp_path, *SMALL)[0] == 0
+    assert run("dataset", "check", tmp_path, *SMALL, "--strict")[0] == 4
+
+
+def test_advice_never_changes_the_exit_code(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a.png")
+    code, out, _ = run("dataset", "check", tmp_path, "--resolution", "80", "--strict")
+    assert (code, "1 advice" in out) == (0, True)
+
+
+def test_json_holds_every_finding_and_the_same_as_the_findings_file(tmp_path: Path) -> None:
+    for number in range(30):
+        write_pair(tmp_path / "set", f"{number}.png", BROKEN, seed=number)
+    code, out, _ = run("dataset", "check", tmp_path / "set", *SMALL, "--json", "-o", tmp_path / "findings.json")
+    report = json.loads(out)
+    assert json.loads((tmp_path / "findings.json").read_text()) == report
+    assert (code, report["version"], report["errors"], report["warnings"]) == (4, 1, 30, 0)
+    assert report["rules"] == {
+        "root": {"severity": "error", "count": 30},
+        "caption-repeated": {"severity": "advice", "count": 29},
+    }
+    assert report["datasets"][0] | {"folder": ""} == {
+        "title": "dataset",
+        "folder": "",
+        "family": "Ideogram 4",
+        "resolution": 64,
+        "caption_ext": "json",
+        "images": 30,
+        "captions": 30,
+        "tokens": report["datasets"][0]["tokens"],
+    }
+    assert "estimated at 3 bytes a token" in report["datasets"][0]["tokens"]
+    first = next(finding for finding in report["findings"] if finding["rule"] == "root")
+    assert first == {
+        "dataset": "dataset",
+        "file": "0.json",
+        "json_path": "compositional_deconstruction",
+        "rule": "root",
+        "severity": "error",
+        "message": "Required and missing.",
+        "fix": 'Write at least {"background":"...","elements":[]}.',
+    }
+
+
+def test_the_screen_shows_ten_findings_of_a_rule_and_says_how_to_get_all(tmp_path: Path) -> None:
+    for number in range(30):
+        write_pair(tmp_path, f"{number:02}.png", BROKEN, seed=number)
+    _, out, _ = run("dataset", "check", tmp_path, *SMALL)
+    details = out.split("\nerror root", 1)[1].split("\nadvice", 1)[0]
+    assert len(re.findall(r"^  \d\d\.json", details, re.MULTILINE)) == 10
+    assert "… and 20 more" in details
+    assert "Every finding: -o findings.json" in out
+
+
+def test_one_file_does_not_fill_the_screen(tmp_path: Path) -> None:
+    elements = [{"type": "thing", "desc": "x"}] * 50
+    write_pair(tmp_path, "a.png", {"compositional_deconstruction": {"background": "", "elements": elements}})
+    write_pair(
+        tmp_path, "b.png", {"compositional_deconstruction": {"background": "b", "elements": elements[:1]}}, seed=1
+    )
+    _, out, _ = run("dataset", "check", tmp_path, *SMALL)
+    assert out.count("a.json compositional_deconstruction") == 3
+    assert out.count("b.json compositional_deconstruction") == 1
+
+
+def test_the_findings_file_is_never_written_into_the_dataset(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a.png")
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run("dataset", "check", tmp_path, "-o", tmp_path / "findings.json")
+    assert (code, "never written to" in err) == (7, True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["gone", "empty", "a.txt"])
+def test_what_is_no_folder_of_images_is_one_message(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").write_text("a dog")
+    code, _, err = run("dataset", "check", tmp_path / name)
+    assert code in (3, 4)
+    assert err.startswith("error: ")
+    assert name in err
+
+
+def test_the_extension_of_captions_is_the_one_that_most_images_have(tmp_path: Path) -> None:
+    for number in range(3):
+        write_pair(tmp_path, f"{number}.png", "A dog runs.", seed=number)
+    write_pair(tmp_path, "3.png", seed=3)
+    (tmp_path / "orphan.json").write_text("{}")
+    _, out, _ = run("dataset", "check", tmp_path, *SMALL)
+    assert "3 captions (.txt)" in out
+    _, out, _ = run("dataset", "check", tmp_path, *SMALL, "--caption-ext", "json")
+    assert "1 captions (.json)" in out
+
+
+def test_a_folders_options_are_refused_for_a_spec_and_set_for_a_folder(tmp_path: Path) -> None:
+    write_pair(tmp_path / "images", "a.png")
+    spec = write_spec(tmp_path, "{path: images, resolution: 64}")
+    assert run("dataset", "check", spec, *SMALL)[0] == 3
+    assert run("dataset", "check", tmp_path / "images", "--set", "train.steps=1")[0] == 3
+    assert run("dataset", "check", tmp_path / "images", "--family", "ideogramm4")[0] == 3
+    assert run("dataset", "check", spec)[0] == 0
+
+
+def test_a_spec_says_what_its_images_are_checked_for(tmp_path: Path) -> None:
+    write_pair(tmp_path / "images", "a.png", size=(200, 100))
+    spec = write_spec(tmp_path, "{path: images, resolution: 256, aspect_buckets: false, trigger_word: mp_dog}")
+    code, out, _ = run("check", spec)
+    assert code == 0
+    assert "55% of the resolution 256" in out
+    assert "is lost" in out
+    assert "No caption has the trigger word 'mp_dog'" in out
+    _, out, _ = run("check", spec, "--set", "dataset.resolution=64")
+    assert "55%" not in out
+
+
+def test_every_dataset_of_a_spec_is_checked_and_named(tmp_path: Path) -> None:
+    write_pair(tmp_path / "images", "a.png")
+    write_pair(tmp_path / "general", "b.png", "A dog.")
+    write_image(tmp_path / "held" / "c.png")
+    dataset = "{path: images, resolution: 64, regularization: {path: general, caption_ext: txt}}"
+    spec = write_spec(tmp_path, dataset, "validation: {every: 10, path: held}\n")
+    code, out, _ = run("check", spec)
+    assert code == 4
+    assert "(dataset): 1 images" in out
+    assert "(dataset.regularization): 1 images" in out
+    assert "dataset.regularization b.txt: Plain text" in out
+    assert "validation c.png: There is no c.json." in out
+
+
+def test_sets_have_their_own_resolution_captions_and_trigger_word(tmp_path: Path) -> None:
+    write_pair(tmp_path / "one", "a.png", size=(128, 128))
+    write_pair(tmp_path / "two", "b.png", "A mp_dog runs.", size=(128, 128), seed=1)
+    sets = "[{path: one, resolution: 128}, {path: two, resolution: 512, caption_ext: txt, trigger_word: mp_dog}]"
+    code, out, _ = run("check", write_spec(tmp_path, f"{{sets: {sets}}}"), "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert [one["title"] for one in report["datasets"]] == ["dataset.sets[0]", "dataset.sets[1]"]
+    found = {(one["dataset"], one["rule"]) for one in report["findings"]}
+    assert found == {("dataset.sets[1]", "image-small"), ("dataset.sets[1]", "caption-plain")}
+
+
+def test_captions_out_of_metadata_are_checked_by_the_name_of_their_image(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "images" / name, seed=ord(name[0]))
+    rows = [{"file_name": "a.png", "text": compact(CAPTION)[:-1]}, {"file_name": "b.png", "text": compact(BROKEN)}]
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = write_spec(tmp_path, "{path: images, resolution: 64, caption_field: text}")
+    report = json.loads(run("check", spec, "--json")[1])
+    assert [(one["file"], one["rule"]) for one in report["findings"]] == [("a.png", "json"), ("b.png", "root")]
+
+
+def test_the_rules_are_listed_and_as_json(tmp_path: Path) -> None:
+    code, out, _ = run("dataset", "rules")
+    assert code == 0
+    assert re.search(r"^error +bbox-convention +ideogram4 ", out, re.MULTILINE)
+    rules = {rule["id"]: rule for rule in json.loads(run("dataset", "rules", "--json")[1])}
+    assert rules["json"]["stops_training"]
+    assert rules["image-near-duplicate"]["needs_pixels"]
+    assert rules["bbox"]["family"] == "ideogram4"
+    assert rules["caption-orphaned"]["looks_at"] == "other files"
+
+
+def test_names_cannot_move_the_cursor_and_json_holds_them_as_they_are(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a\x1b[2J\n.png", BROKEN)
+    _, out, _ = run("dataset", "check", tmp_path, *SMALL)
+    assert "\x1b[2J" not in out
+    assert r"a\x1b[2J\n.json" in out
+    found = json.loads(run("dataset", "check", tmp_path, *SMALL, "--json")[1])["findings"]
+    assert "a\x1b[2J\n.json" in [one["file"] for one in found]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "loraport.cli.main", *map(str, arguments)]
+
+
+def test_a_bar_is_shown_where_a_person_watches_and_nothing_elsewhere(tmp_path: Path) -> None:
+    for number in range(60):
+        write_pair(tmp_path, f"{number}.png", seed=number)
+    quiet = subprocess.run(command("dataset", "check", tmp_path, *SMALL), capture_output=True, text=True, check=True)
+    assert quiet.stderr == ""
+    leader, follower = pty.openpty()
+    environment: dict[str, Any] = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(
+        command("dataset", "check", tmp_path, *SMALL), stdout=subprocess.DEVNULL, stderr=follower, env=environment
+    ) as process:
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                data = os.read(leader, 4096)
+            except OSError:  # the other end is closed
+                break
+            shown += data
+    os.close(leader)
+    assert process.returncode == 0
+    assert b"60/60" in shown
+
+
+def test_loading_the_plugin_imports_nothing_heavy() -> None:
+    probe = (
+        "import sys, typer\n"
+        "from loraport_dataset import plugin\n"
+        "from loraport_dataset.rules import ideogram4\n"
+        "assert 'loraport_dataset.cli' not in sys.modules\n"
+        "plugin.register_commands(typer.Typer())\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'rich', 'imagehash', 'loraport_dataset.checking'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    subprocess.run([sys.executable, "-c", probe], check=True, env=environment)

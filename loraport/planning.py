@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraport.errors import BackendError, SpecError
-from loraport.spec.models import TrainSpec, leaf_fields, set_fields, value_at
+from loraport.spec.models import ImageSetSection, TrainSpec, leaf_fields, set_fields, value_at
 
 if TYPE_CHECKING:
     from loraport.footprint import Forecast
@@ -216,6 +216,8 @@ def make_plan(spec: TrainSpec, backend: Any, run_dir: Path, resume: bool = False
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, ImageSetSection):
+        return str(value.path)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, list):

@@ -40,6 +40,11 @@ class ImageSet:
     loss_weight: float
 
     @property
+    def sides(self) -> int:
+        """Samples that one image is each time: two where it is mirrored too."""
+        return 2 if self.flip else 1
+
+    @property
     def label(self) -> str:
         """A name of letters for folders and files, one for each set of a spec."""
         known = {"dataset": "images", "dataset.regularization": "regularization"}
@@ -57,7 +62,7 @@ class TrainedSet:
     @property
     def samples(self) -> int:
         """How many samples of an epoch are of this set."""
-        return len(self.items) * (2 if self.set.flip else 1) * self.repeats
+        return len(self.items) * self.set.sides * self.repeats
 
 
 @dataclass(frozen=True)
@@ -135,8 +140,8 @@ def trained_sets(spec: TrainSpec, family: Family) -> list[TrainedSet]:
     captions or weights, when an image is in two sets, or when none is left.
     """
     held_out = spec.validation.images if spec.validation.every and spec.validation.path is None else 0
-    sets, first = [], subject(spec.dataset)
-    for one in image_sets(spec.dataset):
+    found, sets, first = [], image_sets(spec.dataset), subject(spec.dataset)
+    for one in sets:
         items = _items(one, family)
         if held_out and one == first:
             if held_out >= len(items):
@@ -146,9 +151,11 @@ def trained_sets(spec: TrainSpec, family: Family) -> list[TrainedSet]:
                     hint="Hold out fewer, give a folder with validation.path, or set validation.every to 0.",
                 )
             items = items[:-held_out]
-        sets.append(TrainedSet(one, items, one.repeats))
-    _refuse_overlap(sets)
-    return with_whole_repeats(sets)
+        found.append(items)
+    repeats = repeats_of(sets, [len(items) for items in found])
+    trained = [TrainedSet(*each) for each in zip(sets, found, repeats, strict=True)]
+    _refuse_overlap(trained)
+    return trained
 
 
 def held_out_items(spec: TrainSpec, family: Family) -> list[Item]:
@@ -162,23 +169,24 @@ def held_out_items(spec: TrainSpec, family: Family) -> list[Item]:
     return _items(replace(first, field="validation", path=spec.validation.path), family)
 
 
-def with_whole_repeats(sets: list[TrainedSet]) -> list[TrainedSet]:
-    """The sets as they are without weights; with weights, with the repeats that these ask for.
+def repeats_of(sets: Sequence[ImageSet], images: Sequence[int]) -> list[int]:
+    """How often an epoch holds each image of each set of so many images: as the sets say, or as their weights ask.
 
     Raises DataError where an epoch would have more than `MOST_SAMPLES` samples.
     """
-    if sets[0].set.weight is not None:
-        counts = [one.samples // one.repeats for one in sets]
-        repeats = whole_repeats(counts, [one.set.weight or 0.0 for one in sets])
-        sets = [replace(one, repeats=times) for one, times in zip(sets, repeats, strict=True)]
-    total = sum(one.samples for one in sets)
+    each_time = [count * one.sides for one, count in zip(sets, images, strict=True)]
+    repeats = [one.repeats for one in sets]
+    if sets[0].weight is not None:
+        repeats = whole_repeats(each_time, [one.weight or 0.0 for one in sets])
+    total = sum(count * times for count, times in zip(each_time, repeats, strict=True))
     if total > MOST_SAMPLES:
-        each = ", ".join(f"{one.set.field}: {len(one.items)} images {one.repeats} times" for one in sets)
+        told = zip(sets, images, repeats, strict=True)
+        each = ", ".join(f"{one.field}: {count} images {times} times" for one, count, times in told)
         raise DataError(
             f"An epoch would have {total:,} samples, more than {MOST_SAMPLES:,} ({each}).",
             hint="Give the sets weights that are nearer to their numbers of images, or fewer repeats.",
         )
-    return sets
+    return repeats
 
 
 def whole_repeats(counts: Sequence[int], weights: Sequence[float]) -> list[int]:

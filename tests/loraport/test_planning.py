@@ -15,7 +15,7 @@ from timing import least_seconds
 
 from loraport import plan
 from loraport.errors import BackendError, SpecError
-from loraport.planning import Context, Kind, Plan, Translation, Verdict, VerdictTable, make_plan
+from loraport.planning import SETS, Context, Kind, Plan, Translation, Verdict, VerdictTable, make_plan, spec_fields
 from loraport.plugins import plugins
 from loraport.spec.load import build_spec
 from loraport.spec.models import TrainSpec, leaf_fields, value_at
@@ -31,6 +31,16 @@ SPECS: dict[str, dict[str, Any]] = {
     "lokr": {"lora": {"type": "lokr", "factor": 8, "targets": ["layers.0.*"]}},
     "loha": {"lora": {"type": "loha", "dropout": 0.1}},
     "dora": {"lora": {"dora": True}, "memory": {"quantize": "nf4"}},
+    "sets": {
+        "dataset": {
+            "sets": [
+                {"path": "/a", "weight": 2, "trigger_word": "zork", "default_caption": "x", "flip": True},
+                {"path": "hub:me/mine@v1", "weight": 1, "caption_field": "text", "resolution": 512},
+                {"path": "/c", "weight": 1, "caption_ext": "txt", "regularization": True, "caption_dropout": 0.5},
+            ]
+        }
+    },
+    "repeats": {"dataset": {"sets": [{"path": "/a"}, {"path": "/b", "repeats": 3, "loss_weight": 0.5}]}},
     "everything": {
         "lora": {"rslora": True, "factor": 4},
         "train": {"optimizer": "prodigy", "lr_cycles": 3, "ema_decay": 0.99},
@@ -62,9 +72,11 @@ def all_exact(spec: TrainSpec) -> list[Verdict]:
 @pytest.mark.parametrize("changes", SPECS.values(), ids=SPECS)
 def test_every_field_gets_a_verdict_with_a_reason_from_every_backend(backend: str, changes: dict[str, Any]) -> None:
     made = plan(spec_of(changes), backend, Path("/runs/a"))
-    assert [verdict.path for verdict in made.verdicts] == list(leaf_fields())
+    assert [verdict.path for verdict in made.verdicts] == spec_fields(made.spec)
     assert all(verdict.reason for verdict in made.verdicts)
-    assert all(verdict.value == value_at(made.spec, verdict.path) for verdict in made.verdicts)
+    for verdict in made.verdicts:
+        value = value_at(made.spec, verdict.path)
+        assert verdict.value == ([one.path for one in value] if verdict.path == SETS else value)
     assert made.command
 
 
@@ -95,6 +107,36 @@ def test_verdicts_come_in_the_specs_order_whatever_the_backends_is() -> None:
     spec = spec_of()
     made = make_plan(spec, backend_that_says(all_exact(spec)[::-1]), Path("/runs/a"))
     assert [verdict.path for verdict in made.verdicts] == list(leaf_fields())
+
+
+def test_what_a_set_says_itself_has_a_verdict_right_behind_that_on_all_sets() -> None:
+    spec = spec_of(SPECS["sets"])
+    paths = spec_fields(spec)
+    at = paths.index(SETS)
+    assert paths[at + 1 : at + 4] == [
+        "dataset.sets[0].path",
+        "dataset.sets[0].default_caption",
+        "dataset.sets[0].trigger_word",
+    ]
+    with pytest.raises(BackendError, match=r"no verdict for: dataset\.sets\[0\]\.path, dataset\.sets\[0\]\.default"):
+        make_plan(spec, backend_that_says(all_exact(spec)), Path("/runs/a"))
+
+
+@pytest.mark.parametrize("kind", [Kind.IGNORED, Kind.REFUSED])
+def test_a_backend_that_takes_no_sets_judges_them_all_at_once(kind: Kind) -> None:
+    spec = spec_of(SPECS["sets"])
+    verdicts = [Verdict(v.path, v.value, kind if v.path == SETS else v.kind, "one only") for v in all_exact(spec)]
+    made = make_plan(spec, backend_that_says(verdicts), Path("/runs/a"))
+    (third,) = (verdict for verdict in made.verdicts if verdict.path == "dataset.sets[2].path")
+    assert (third.kind, third.reason, third.value) == (kind, "one only", Path("/c"))
+    told = {verdict["path"]: verdict["value"] for verdict in made.to_dict()["verdicts"]}
+    assert told[SETS] == ["/a", "hub:me/mine@v1", "/c"]
+    json.dumps(told, allow_nan=False)
+
+    table = VerdictTable(spec)
+    getattr(table, kind)(SETS, reason="one only")
+    table.exact(*(path for path in leaf_fields() if path != SETS), reason="yes")
+    assert [verdict.path for verdict in table.finish()] == spec_fields(spec)
 
 
 def judged(kind: Kind) -> Plan:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraport.cli.options import AsJson
+from loraport_bench.run_cli import SpecOrCommand, run
 
 if TYPE_CHECKING:
     from loraport_bench.results import DataFile
     from loraport_bench.rows import Row
 
-app = typer.Typer(help="Measure trainers.", no_args_is_help=True)
+app = typer.Typer(cls=SpecOrCommand, help="Measure trainers.", no_args_is_help=True)
+app.command()(run)
 
 STEPS, QUALITY_STEPS, WARM_UP = 30, 200, 10
 

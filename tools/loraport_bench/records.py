@@ -68,7 +68,7 @@ class Judgement(Data):
 
 
 class Configuration(Data):
-    """What exactly was run. `<work>` stands for the bench's folder and `<home>` for the user's."""
+    """What exactly was run. `<bench>` stands for the bench's folder and `<home>` for the user's."""
 
     spec: dict[str, Any] = Field(description="The resolved spec.")
     files: dict[str, str] = Field(description="Generated files, by path in the run folder.")
@@ -251,7 +251,7 @@ class Run(Data):
         default_factory=list, description="(phase, moment of its beginning, of its end), in order."
     )
     steps: Steps | None = Field(None, description="Null when no step was measured.")
-    images_per_second: float | None = Field(None, description="Images of a step by its median.")
+    images_per_second: float | None = Field(None, description="By `steps.wall_mean`, else by the median step.")
     device_memory: Trace | None = Field(None, description="Null without a GPU.")
     host_memory: Trace | None = Field(
         None, description="Resident memory summed over the processes: pages they share count for each."

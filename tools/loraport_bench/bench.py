@@ -1,0 +1,251 @@
+"""A bench: its schedule run row by row, resumed where it was, and gathered into results.json."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraport.errors import LoraPortError
+from loraport.families import check_family
+from loraport.files import write_atomic
+from loraport.planning import Plan
+from loraport.plugins import plugins
+from loraport.spec.load import build_spec
+from loraport.spec.models import TrainSpec
+from loraport_bench import records as r
+from loraport_bench.equal_work import with_differences
+from loraport_bench.idle import alone_on_machine
+from loraport_bench.images import Staged, stage_images
+from loraport_bench.overhead import measure_overhead
+from loraport_bench.quality import score_rows
+from loraport_bench.row import RECORD, Machinery, read_row, run_row
+from loraport_bench.schedule import Job, expected_seconds, schedule
+from loraport_bench.settings import Settings
+from loraport_bench.tiers import MATCHED, best_effort, inequalities, make, matched
+
+RESULTS = "results.json"
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Bench:
+    """A bench in its folder. `tell` hears what is going on; `machinery` says how rows are run."""
+
+    settings: Settings
+    folder: Path
+    machinery: Machinery
+    tell: Tell
+    command: str
+    queue: bool = False  #: wait for the machine's lock
+    _contents: dict[tuple[str, str], dict[str, dict[str, Any]]] = field(default_factory=dict)
+    _changed: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.jobs = schedule(self.settings)
+        self.spec = build_spec(self.settings.given, base=Path.cwd(), origin="the spec").spec
+
+    # -- what is there ------------------------------------------------------------------------------------------
+
+    def stage(self) -> Staged:
+        """The images, staged once."""
+        family = check_family(self.spec, plugins().families())
+        return stage_images(self.spec, self.settings.held_out, family, self.folder / "data")
+
+    def done(self) -> dict[str, r.Run]:
+        """The records of rows that are finished, by key."""
+        found = (read_row(self.machinery.row_folder(job)) for job in self.jobs)
+        return {run.key: run for run in found if run is not None}
+
+    def content(self, job: Job, staged: Staged) -> dict[str, Any]:
+        """The spec of a row, as plain data."""
+        contents = self._group(job.tier, job.profile, staged)[job.backend]
+        return {**contents, "train": {**contents["train"], "seed": job.seed}}
+
+    def plan(self, job: Job, staged: Staged) -> Plan | LoraPortError:
+        """The plan of a row, or why there is none."""
+        try:
+            return make(self.content(job, staged), job.backend, self.machinery.row_folder(job) / "run")
+        except LoraPortError as error:
+            return error
+
+    def forget(self, reasons: Iterable[str]) -> None:
+        """Remove the records of rows that failed for one of these reasons, so that they are run again."""
+        for run, job in ((self.done().get(job.key), job) for job in self.jobs):
+            if run is not None and run.failure is not None and run.failure.reason in reasons:
+                shutil.rmtree(self.machinery.row_folder(job))
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def run(self, jobs: list[Job], session_limit: float | None = None) -> None:
+        """Run the jobs that are not done, each alone on the machine, and score them. No new one is begun after
+        `session_limit` seconds."""
+        staged, begun = self.stage(), time.monotonic()
+        for job in jobs:
+            if session_limit is not None and time.monotonic() - begun > session_limit:
+                self.tell("The session's time is up; the same command goes on with what is left.")
+                break
+            with self._row_lock(job) as mine:
+                if job.key in self.done():
+                    self.tell(f"{job.key}: there already")
+                elif not mine:
+                    self.tell(f"{job.key}: another session runs it now")
+                else:
+                    with alone_on_machine(f"row {job.key} of {self.folder}", self.queue):
+                        self.run_job(job, staged)
+        self.score(jobs)
+
+    def run_job(self, job: Job, staged: Staged) -> r.Run:
+        """Run one row, whose lock is held."""
+        expected = expected_seconds(job, self.done().values())
+        self.tell(f"{job.key} …" + (f" (about {expected:.0f} s)" if expected else ""))
+        run = run_row(job, self.plan(job, staged), self.machinery)
+        self.tell(f"{job.key}: {summary(run)}")
+        if self.settings.overhead_pairs and run.status == "ok" and self._first_of_backend(job):
+            run = self._with_overhead(run, job, staged)
+        return run
+
+    def score(self, jobs: list[Job]) -> None:
+        """Score what these jobs trained and is not scored yet."""
+        staged, done = self.stage(), self.done()
+        folders = [self.machinery.row_folder(job) for job in jobs if job.key in done]
+        with alone_on_machine(f"scoring of {self.folder}", self.queue):
+            for problem in score_rows(folders, self.settings, staged):
+                self.tell(problem)
+
+    def gather(self) -> r.Results:
+        """Write results.json from the rows that there are."""
+        staged, done = self.stage(), self.done()
+        runs = with_differences([done[job.key] for job in self.jobs if job.key in done])
+        path = self.folder / RESULTS
+        now = datetime.datetime.now(datetime.UTC)
+        created = r.Results.read(path).created if path.exists() else now
+        results = r.Results(
+            name=self.spec.name,
+            command=self.command,
+            created=created,
+            updated=now,
+            complete=len(done) == len(self.jobs),
+            spec_sha256=self.settings.spec_sha256,
+            spec=_without_paths(self.settings.given),
+            protocol=self._protocol(staged),
+            inequalities=self._inequalities(staged),
+            runs=runs,
+        )
+        results.write(path)
+        return results
+
+    @contextlib.contextmanager
+    def _row_lock(self, job: Job) -> Iterator[bool]:
+        """Hold a row, also against other hosts that share the folder; False when somebody else holds it."""
+        path = self.folder / "rows" / f".{job.folder}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def _group(self, tier: r.Tier, profile: str, staged: Staged) -> dict[str, dict[str, Any]]:
+        """The spec of each backend in a group."""
+        if (tier, profile) not in self._contents:
+            if tier == "matched":
+                contents, changed = matched(self.settings, staged, profile)
+                self._changed |= changed
+            else:
+                names = self.settings.backends
+                contents = {name: best_effort(self.settings, staged, profile, name) for name in names}
+            self._contents[tier, profile] = contents
+        return self._contents[tier, profile]
+
+    def _inequalities(self, staged: Staged) -> dict[str, list[r.Inequality]]:
+        found = {}
+        firsts = {(job.tier, job.profile): job for job in reversed(self.jobs)}
+        for tier, profile in firsts:
+            of_group = [job for job in self.jobs if (job.tier, job.profile, job.repeat) == (tier, profile, 0)]
+            plans = {job.backend: made for job in of_group if isinstance(made := self.plan(job, staged), Plan)}
+            found[f"{tier}/{profile}"] = inequalities(plans)
+        return found
+
+    def _protocol(self, staged: Staged) -> r.Protocol:
+        settings, job = self.settings, self.jobs[0]
+        content = TrainSpec.model_validate(self.content(job, staged))
+        train = content.train
+        return r.Protocol(
+            backends=settings.backends,
+            profiles=settings.profiles,
+            tiers=settings.tiers,
+            repeats=settings.repeats,
+            seeds=settings.seeds,
+            steps=settings.steps,
+            warm_up=settings.warm_up,
+            images=staged.images,
+            held_out=staged.held_out_images,
+            images_sha256=staged.sha256,
+            resolution=content.dataset.resolution,
+            images_a_step=train.batch_size * train.gradient_accumulation * train.gpus,
+            text_tokens=f"the captions as they are, at most {content.dataset.max_text_tokens}",
+            sampling_s=settings.sampling_s,
+            time_limit_s=settings.time_limit_s,
+            matched_fields=list(MATCHED),
+            changed=self._changed,
+        )
+
+    def _first_of_backend(self, job: Job) -> bool:
+        """Whether no other row of this backend has its overhead measured."""
+        return not any(run.backend == job.backend and run.overhead for run in self.done().values())
+
+    def _with_overhead(self, run: r.Run, job: Job, staged: Staged) -> r.Run:
+        self.tell(f"{job.key}: the overhead, {self.settings.overhead_pairs} pairs …")
+        place = self.folder / "overhead"
+        place.mkdir(exist_ok=True)
+        try:
+            measured = measure_overhead(self.content(job, staged), job.backend, self.settings, place)
+            run = run.model_copy(update={"overhead": measured})
+        except LoraPortError as error:
+            run = run.model_copy(update={"notes": [*run.notes, f"The overhead could not be measured: {error.message}"]})
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        write_atomic(self.machinery.row_folder(job) / RECORD, run.model_dump_json() + "\n")
+        return run
+
+
+def summary(run: r.Run) -> str:
+    """A row in a few words."""
+    if run.failure is not None:
+        return f"{run.status} ({run.failure.reason}): {' '.join(run.failure.message.split())[:200]}"
+    steps = f", {run.steps.seconds.median:.3f} s a step" if run.steps else ""
+    memory = f", {run.device_memory.peak_bytes / 2**30:.1f} GiB" if run.device_memory else ""
+    return f"{run.status} in {run.total_s:.0f} s{steps}{memory}"
+
+
+def shortened_command(arguments: list[str], folder: Path) -> str:
+    """The command for the record: places of this machine shortened."""
+    text = shlex.join(arguments).replace(str(folder), "<bench>").replace(str(Path.home()), "<home>")
+    return f"loraport {text}"
+
+
+def _without_paths(given: dict[str, Any]) -> dict[str, Any]:
+    """The spec for the record: of a folder only its name."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: short(each) for key, each in value.items()}
+        if isinstance(value, str) and value.startswith("/"):
+            return f"…/{Path(value).name}"
+        return value
+
+    content = short(given)
+    assert isinstance(content, dict)
+    return content

@@ -1,0 +1,151 @@
+"""A bench spread over machines: a job for each (backend, profile, seed), by submitit or as a SkyPilot task."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from loraport.errors import BackendError, SpecError
+from loraport.files import write_atomic
+from loraport.spec.yaml_text import dump_yaml, parse_yaml
+from loraport_bench.bench import Bench
+from loraport_bench.row import Machinery
+from loraport_bench.schedule import Job
+from loraport_bench.settings import Settings
+
+Cluster = Literal["slurm", "local"]
+_POLL = 1.0
+_MARGIN_MIN = 15  # minutes of a job for staging, scoring, and waiting for the machine
+
+
+@dataclass(frozen=True)
+class Where:
+    """A cluster, and parameters for submitit such as slurm_partition, by their own names."""
+
+    cluster: Cluster
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+def read_parameters(given: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` options as parameters, the values read as YAML. Raises SpecError for another form."""
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise SpecError(f"--job {text!r}: write it as NAME=VALUE, for example slurm_partition=gpu.")
+        found[name] = parse_yaml(value, f"--job {text}") if value else None
+    return found
+
+
+def run_on(bench: Bench, jobs: list[Job], where: Where, poll: float = _POLL) -> list[str]:
+    """Submit what is not done, a job for each (backend, profile, seed), wait for all, and return what went wrong.
+
+    Everything of a job is in the bench's folder, which all machines must share: one that was finished meanwhile, by
+    whomever, is not run again. Raises BackendError without submitit, and SpecError for a parameter it does not know.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise BackendError("--on needs submitit.", hint="Install it with: pip install 'loraport[bench]'") from error
+    bench.stage()  # once, not by every job
+    done = bench.done()
+    groups: dict[tuple[str, str, int], list[Job]] = {}
+    for job in jobs:
+        if job.key not in done:
+            groups.setdefault((job.backend, job.profile, job.seed), []).append(job)
+    executor = submitit.AutoExecutor(folder=str(bench.folder / "jobs"), cluster=where.cluster)
+    submitted = {}
+    for (backend, profile, seed), members in groups.items():
+        minutes = round(len(members) * bench.settings.time_limit_s / 60) + _MARGIN_MIN
+        gpus = {"gpus_per_node": bench.spec.train.gpus} if where.cluster == "slurm" else {}
+        named: Mapping[str, Any] = {"name": f"bench-{backend}-{profile}-{seed}", "timeout_min": minutes, **gpus}
+        try:
+            executor.update_parameters(**{**named, **where.parameters})
+        except (NameError, TypeError, ValueError, AssertionError) as error:
+            raise SpecError(f"--job: submitit does not take this: {error}") from error
+        place, keys = str(bench.folder), [job.key for job in members]
+        started = executor.submit(run_part, place, keys, bench.command, bench.machinery.patience, bench.machinery.busy)
+        bench.tell(f"job {started.job_id}: {backend}, {profile}, seed {seed}")
+        submitted[started.job_id] = started
+    return _wait_for(submitted, bench.tell, poll)
+
+
+def run_part(folder: str, keys: list[str], command: str, patience: float, busy: bool) -> None:
+    """The content of one job: run and score some rows of the bench in `folder`."""
+    place = Path(folder)
+    settings = Settings.read_from(place)
+    machinery = Machinery(place, settings, patience, busy)
+    bench = Bench(settings, place, machinery, lambda text: print(text, flush=True), command, queue=True)
+    bench.run([job for job in bench.jobs if job.key in keys])
+
+
+def _wait_for(submitted: dict[str, Any], tell: Callable[[str], None], poll: float) -> list[str]:
+    problems = []
+    waiting = dict(submitted)
+    while waiting:
+        for number, job in list(waiting.items()):
+            if not job.done():
+                continue
+            del waiting[number]
+            error = job.exception()
+            if error is None:
+                tell(f"job {number}: done")
+            else:
+                last = str(error).strip().splitlines()[-1:]
+                problems.append(f"job {number}: {''.join(last)} (its output: {job.paths.stderr})")
+        if waiting:
+            time.sleep(poll)
+    return problems
+
+
+def write_sky(file: Path, spec_file: Path, bench: Bench, options: list[str]) -> None:
+    """Write a SkyPilot task in which every node runs its share of the bench and copies its rows into a bucket.
+
+    `options` are those of the command, without the spec, the folder and this one. Raises RunFolderError.
+    """
+    given = bench.settings.given
+    mounts: dict[str, Any] = {
+        "~/bench-input/spec.yaml": str(spec_file.absolute()),
+        "~/bench-input/images": given["dataset"]["path"],
+        "~/bench-output": {"name": "${RESULTS_BUCKET}", "mode": "MOUNT"},
+    }
+    changes = ["--set", "dataset.path=~/bench-input/images"]
+    checkpoint = str(given["model"]["checkpoint"])
+    if checkpoint.startswith("/"):
+        mounts["~/bench-input/checkpoint"] = checkpoint
+        changes += ["--set", "model.checkpoint=~/bench-input/checkpoint"]
+    if given["validation"]["path"]:
+        mounts["~/bench-input/held-out"] = given["validation"]["path"]
+        changes += ["--set", "validation.path=~/bench-input/held-out"]
+    parts = {(job.backend, job.profile, job.seed) for job in bench.jobs}
+    others = [name for name in bench.settings.backends if name != "native"]
+    command = shlex.join(["loraport", "bench", "SPEC", *options, *changes])
+    command = command.replace("SPEC", "~/bench-input/spec.yaml", 1)
+    task = {
+        "name": f"bench-{bench.spec.name}".lower().replace("_", "-").replace(".", "-"),
+        "num_nodes": len(parts),
+        "resources": {"accelerators": f"H200:{bench.spec.train.gpus}", "disk_size": 500},
+        "envs": {"RESULTS_BUCKET": None},
+        "secrets": {"HF_TOKEN": ""},
+        "workdir": ".",
+        "file_mounts": mounts,
+        "setup": "\n".join(
+            [
+                "pip install -c constraints.txt '.[native,bench]'",
+                *(f"loraport backends install {name}" for name in others),
+            ]
+        )
+        + "\n",
+        "run": f"{command} --part $((SKYPILOT_NODE_RANK + 1))/$SKYPILOT_NUM_NODES -o ~/bench\n"
+        "mkdir -p ~/bench-output/rows && cp -r ~/bench/rows/. ~/bench-output/rows/\n",
+    }
+    head = (
+        "# Start it in LoraPort's source folder: sky launch THIS_FILE --env RESULTS_BUCKET=a-name [--secret HF_TOKEN]\n"
+        "# Then copy the bucket's `rows` into the bench's folder here and give the command without --write-sky: it\n"
+        "# finds every row there and writes the results.\n"
+    )
+    write_atomic(file, head + dump_yaml(task))

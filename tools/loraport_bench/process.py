@@ -1,0 +1,149 @@
+"""A trainer's command as a process that is watched, bounded in time, and never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from loraport.errors import BackendError, Interrupted
+from loraport_bench.sampling import Samples, TreeSampler
+
+_PATIENCE = 20.0  # seconds that a process and its children get to end, each time they are told to
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended: `code` is its exit code, None when it ran into the limit. Times since 1970."""
+
+    code: int | None
+    began: float
+    ended: float
+    samples: Samples
+
+
+def run_watched(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    limit: float,
+    interval: float,
+    cards: Sequence[str],
+    folders: Sequence[Path],
+    output: Path | None = None,
+    hear: Callable[[str], None] | None = None,
+    cwd: Path | None = None,
+) -> Ended:
+    """Run a command to its end, sampled from outside; at `limit` seconds it and all it started are ended.
+
+    `output` is the file for what it prints, or `hear` gets each line. Raises Interrupted, with nothing left of it, when
+    this process is asked to stop (SIGINT, SIGTERM or SIGHUP), and BackendError when it cannot be started.
+    """
+    with _stops_raise(), open(output or "/dev/null", "wb") as file:
+        began = time.time()
+        try:
+            process = subprocess.Popen(
+                list(command),
+                env=dict(environment),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if hear else file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this process alone
+                preexec_fn=_dies_with_us if sys.platform == "linux" else None,
+            )
+        except OSError as error:
+            raise BackendError(f"{command[0]} cannot be started: {error.strerror}.") from error
+        try:
+            with TreeSampler(process.pid, interval, cards, folders) as sampler:
+                code = _wait(process, limit, hear)
+                if code is None:
+                    end(process)
+                ended = time.time()
+        except BaseException:
+            end(process)
+            raise
+        return Ended(code, began, ended, sampler.samples)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a `loraport train` and everything under it: twice SIGTERM, which kills its trainer, then SIGKILL."""
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(process.pid)
+        family = [parent, *parent.children(recursive=True)]
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1.0 if number == signal.SIGTERM else _PATIENCE)
+    _, left = psutil.wait_procs(family, _PATIENCE)
+    for one in left:
+        with contextlib.suppress(psutil.Error):
+            one.kill()
+    psutil.wait_procs(left, _PATIENCE)
+
+
+def _wait(process: subprocess.Popen[bytes], limit: float, hear: Callable[[str], None] | None) -> int | None:
+    deadline = time.monotonic() + limit
+    if hear:
+        assert process.stdout is not None
+        _listen(process.stdout, hear, deadline)
+    try:
+        code = process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return None
+    return 128 - code if code < 0 else code
+
+
+def _listen(stream: IO[bytes], hear: Callable[[str], None], deadline: float) -> None:
+    """Pass lines on until the stream ends or the time is up."""
+    import os
+    import selectors
+
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            if not selector.select(left):
+                return
+            data = os.read(stream.fileno(), 65536)
+            if not data:
+                break
+            *lines, rest = (rest + data).replace(b"\r", b"\n").split(b"\n")
+            for line in lines:
+                hear(line.decode("utf-8", "replace"))
+    hear(rest.decode("utf-8", "replace"))
+
+
+@contextlib.contextmanager
+def _stops_raise() -> Iterator[None]:
+    """Turn what asks this process to stop into Interrupted, for as long as the block lasts. Main thread only."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted("Stopped.", hint="The same command goes on where this was.")
+
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with contextlib.suppress(ValueError):  # in another thread, or in a job that handles them itself
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, stop)
+        yield
+    finally:
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
+
+
+def _dies_with_us() -> None:
+    """Runs in the child: SIGTERM, on which a run stops with a checkpoint, when this process is killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

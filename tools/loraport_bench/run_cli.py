@@ -1,0 +1,300 @@
+"""`loraport bench SPEC ...`: real trainers on the same images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from loraport.cli.options import AsJson, Overrides, SpecFile
+
+if TYPE_CHECKING:
+    from loraport_bench.bench import Bench
+    from loraport_bench.schedule import Job
+    from loraport_bench.settings import Settings
+
+STEPS, WARM_UP, OVERHEAD_PAIRS = 60, 10, 3
+
+
+class SpecOrCommand(TyperGroup):
+    """A group whose `run` may be left out: `bench SPEC` is `bench run SPEC`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {*self.list_commands(ctx), *ctx.help_option_names}
+        return super().parse_args(ctx, args if not args or args[0] in known else ["run", *args])
+
+
+def run(
+    spec: SpecFile,
+    backends: Annotated[str, typer.Option(help="Trainers, separated by commas.")] = "native",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the bench; the same command goes on there.")
+    ] = None,
+    profiles: Annotated[
+        str, typer.Option(help="Quantisations, separated by commas, such as fp8,nf4; `spec` is the spec's own memory.")
+    ] = "spec",
+    tiers: Annotated[str, typer.Option(help="Tiers, separated by commas.")] = "matched,best-effort",
+    repeats: Annotated[int | None, typer.Option(min=1, help="Repeats of each row; one for each seed.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, which the repeats take in turn.")] = "0,1,2",
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of a run.")] = STEPS,
+    warm_up: Annotated[int, typer.Option(min=0, help="First steps that are left out of the times.")] = WARM_UP,
+    held_out: Annotated[
+        int, typer.Option(min=0, help="Images kept from training, on which every LoRA is scored; 0 scores nothing.")
+    ] = 2,
+    checkpoints: Annotated[
+        int, typer.Option(min=0, help="Checkpoints that are scored over a run, its end among them; 0: only the end.")
+    ] = 4,
+    card: Annotated[
+        str | None, typer.Option(help="Hardware profile for best effort, such as 24gb; by default this card's.")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="After which a run is ended.")] = 3600,
+    session_limit: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="After which no new run is begun.")
+    ] = None,
+    sampling: Annotated[
+        float, typer.Option(min=0.01, max=0.1, metavar="SECONDS", help="Time between two samples of memory.")
+    ] = 0.05,
+    overhead: Annotated[
+        bool, typer.Option("--overhead", help="Measure what going through LoraPort costs, once for each trainer.")
+    ] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--for", metavar="BACKEND:FIELD=VALUE", help="Change the spec for one trainer. Repeatable."),
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the schedule and the expected time; nothing is started or written.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run rows anew that failed or were not ready.")] = False,
+    queue: Annotated[bool, typer.Option("--queue", help="Wait while another bench measures on this machine.")] = False,
+    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Time for the card to become idle.")] = 60,
+    busy: Annotated[bool, typer.Option("--busy", help="Measure although the card is in use; the rows say so.")] = False,
+    part: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Only the K-th of N shares, for N machines by hand.")
+    ] = None,
+    on: Annotated[
+        str | None, typer.Option(metavar="CLUSTER", help="Spread over a cluster by submitit: slurm, or local to try.")
+    ] = None,
+    job: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Parameter for submitit, such as slurm_partition=gpu. Repeatable."),
+    ] = None,
+    write_sky: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a SkyPilot task for this bench, and do no more.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Benchmark trainers on the same images: equal work in one tier, each one's best settings in the other.
+
+    A bench that was cut off goes on where it was when the same command is given again. docs/bench.md says what is
+    measured how.
+    """
+    _need_psutil()
+    from loraport.cli.options import read_spec
+    from loraport_bench.bench import Bench, shortened_command
+    from loraport_bench.row import Machinery
+    from loraport_bench.schedule import part_of
+
+    given = read_spec(spec, overrides)
+    settings = _settings(
+        given=given.model_dump(mode="json"),
+        changes=_changes(changes or []),
+        backends=_list(backends),
+        profiles=_list(profiles),
+        tiers=_list(tiers),
+        card=card,
+        seeds=_list(seeds),
+        repeats=repeats,
+        steps=steps,
+        warm_up=warm_up,
+        checkpoints=checkpoints,
+        held_out=held_out,
+        time_limit_s=time_limit,
+        sampling_s=sampling,
+        overhead_pairs=OVERHEAD_PAIRS if overhead else 0,
+    )
+    folder = (out or Path(f"bench-{given.name}")).expanduser().absolute()
+    machinery = Machinery(folder, settings, wait, busy)
+    bench = Bench(settings, folder, machinery, _tell, shortened_command(_arguments(), folder), queue)
+    jobs = bench.jobs if part is None else part_of(bench.jobs, *_part(part))
+    if dry_run:
+        _show_schedule(bench, jobs, as_json)
+        return
+    if write_sky is not None:
+        from loraport_bench.cluster import write_sky as write_task
+
+        write_task(write_sky, spec, bench, _options_for_part())
+        typer.echo(f"Wrote {write_sky}; its first lines say how to start it.")
+        return
+    settings.keep_in(folder)
+    if retry:
+        bench.forget(("error", "out-of-memory", "time-out", "not-ready"))
+    problems = []
+    try:
+        if on is not None:
+            problems = _on_cluster(bench, jobs, on, job or [])
+        else:
+            bench.run(jobs, session_limit)
+    finally:
+        if bench.done():
+            results = bench.gather()
+    _finish(bench, results, problems, as_json)
+
+
+def _finish(bench: Bench, results: Any, problems: list[str], as_json: bool) -> None:
+    from loraport.errors import BackendError
+    from loraport_bench.bench import RESULTS, summary
+
+    if as_json:
+        typer.echo((bench.folder / RESULTS).read_text(encoding="utf-8"), nl=False)
+    else:
+        for one in results.runs:
+            typer.echo(f"{one.key}: {summary(one)}")
+        typer.echo(f"Wrote {bench.folder / RESULTS}")
+    if problems:
+        raise BackendError(
+            "\n  ".join(["Some jobs ended without their rows:", *problems]), hint="The same command submits them again."
+        )
+    if results.complete and not any(one.status == "ok" for one in results.runs):
+        raise BackendError("No run came to its end.", hint=f"{bench.folder / RESULTS} says why each did not.")
+
+
+def _on_cluster(bench: Bench, jobs: list[Job], on: str, parameters: list[str]) -> list[str]:
+    from loraport.errors import SpecError, unknown
+    from loraport_bench.cluster import Where, read_parameters, run_on
+
+    if on not in ("slurm", "local"):
+        raise SpecError(unknown("--on:", on, ["slurm", "local"]))
+    return run_on(bench, jobs, Where(on, read_parameters(parameters)))  # type: ignore[arg-type]
+
+
+def _settings(**given: Any) -> Settings:
+    """Checked settings. Raises SpecError naming the option."""
+    from loraport.errors import SpecError, unknown
+    from loraport.plugins import plugins
+    from loraport_bench.settings import OF_SPEC, Settings
+
+    for name in given["backends"]:
+        plugins().backend(name)
+    known = plugins().profiles()
+    quantisations = [name for kind, name in known if kind == "quantize"]
+    hardware = [name for kind, name in known if kind == "hardware"]
+    choices = {"profiles": [*quantisations, OF_SPEC], "tiers": ["matched", "best-effort"]}
+    for option, allowed in choices.items():
+        for name in given[option]:
+            if name not in allowed:
+                raise SpecError(unknown(f"--{option}:", name, allowed))
+    if given["card"] is not None and given["card"] not in hardware:
+        raise SpecError(unknown("--card:", given["card"], hardware))
+    for name in given["changes"]:
+        if name not in given["backends"]:
+            raise SpecError(unknown("--for:", name, given["backends"]))
+    for option in ("backends", "profiles", "tiers", "seeds"):
+        if len(set(given[option])) != len(given[option]):
+            raise SpecError(f"--{option}: each only once.")
+    if given["warm_up"] >= given["steps"]:
+        raise SpecError(f"--warm-up {given['warm_up']} leaves no step of {given['steps']} to measure.")
+    try:
+        given["seeds"] = [int(seed) for seed in given["seeds"]]
+    except ValueError:
+        raise SpecError(
+            f"--seeds: {','.join(given['seeds'])!r} is not a list of whole numbers such as 0,1,2."
+        ) from None
+    given["repeats"] = given["repeats"] or len(given["seeds"])
+    return Settings(**given)
+
+
+def _changes(given: list[str]) -> dict[str, list[str]]:
+    from loraport.errors import SpecError
+
+    found: dict[str, list[str]] = {}
+    for text in given:
+        backend, colon, change = text.partition(":")
+        if not colon or "=" not in change:
+            raise SpecError(f"--for {text!r}: write it as BACKEND:FIELD=VALUE, such as native:memory.compile=none.")
+        found.setdefault(backend, []).append(change)
+    return found
+
+
+def _list(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _part(text: str) -> tuple[int, int]:
+    """(number from 0, count) out of `K/N`."""
+    from loraport.errors import SpecError
+
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise SpecError(f"--part {text!r}: write it as K/N with K from 1 to N, such as 2/4.")
+    return int(number) - 1, int(count)
+
+
+def _show_schedule(bench: Bench, jobs: list[Job], as_json: bool) -> None:
+    """Print what would be run and how long it will take, as far as rows that are done tell."""
+    import json
+
+    from loraport.errors import LoraPortError
+    from loraport_bench.images import planned
+    from loraport_bench.row import refusal_of
+    from loraport_bench.schedule import expected_seconds
+
+    staged, done, lines = planned(bench.spec, bench.folder / "data"), bench.done(), []
+    for job in jobs:
+        made = bench.plan(job, staged)
+        why = str(made) if isinstance(made, LoraPortError) else refusal_of(job, made)
+        seconds = 0.0 if why or job.key in done else expected_seconds(job, done.values())
+        state = "done" if job.key in done else "refused" if why else "to run"
+        lines.append({"key": job.key, "state": state, "expected_s": seconds, "reason": why})
+    unknown = sum(line["expected_s"] is None for line in lines)
+    total = sum(line["expected_s"] or 0.0 for line in lines)  # type: ignore[misc]
+    at_most = sum(bench.settings.time_limit_s for line in lines if line["state"] == "to run")
+    if as_json:
+        typer.echo(json.dumps({"rows": lines, "expected_s": total, "unknown": unknown, "at_most_s": at_most}, indent=2))
+        return
+    for line in lines:
+        known = line["expected_s"]
+        shown = "" if line["state"] != "to run" else f", about {known:.0f} s" if known else ", time not known yet"
+        typer.echo(f"{line['key']}: {line['state']}{shown}" + (f": {line['reason']}" if line["reason"] else ""))
+    more = f", and {unknown} rows whose time the first ones will tell" if unknown else ""
+    typer.echo(f"Expected: {total / 60:.0f} min{more}; at most {at_most / 3600:.1f} h, by the limit of each run.")
+
+
+def _arguments() -> list[str]:
+    """The command's own arguments, for the record."""
+    return sys.argv[1:]
+
+
+def _options_for_part() -> list[str]:
+    """The options of this command that hold for each part of it too."""
+    import click
+
+    context = click.get_current_context()
+    skipped = {"spec", "out", "write_sky", "part", "on", "job", "dry_run", "as_json", "overrides"}
+    words: list[str] = []
+    for parameter in context.command.params:
+        value, name = context.params.get(parameter.name or ""), parameter.name
+        if name in skipped or value is None or value == parameter.get_default(context):
+            continue
+        option = max(parameter.opts, key=len)
+        for each in value if isinstance(value, list | tuple) else [value]:
+            words += [option] if each is True else [option, str(each)]
+    for override in context.params.get("overrides") or []:
+        words += ["--set", override]
+    return words
+
+
+def _tell(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _need_psutil() -> None:
+    import importlib.util
+
+    from loraport.errors import BackendError
+
+    if importlib.util.find_spec("psutil") is None:
+        raise BackendError("Benchmarks need psutil.", hint="Install it with: pip install 'loraport[bench]'")

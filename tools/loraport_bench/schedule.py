@@ -1,0 +1,63 @@
+"""Which trainings a bench consists of, in the order A B C, C B A: a drift of the machine then hits all of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from loraport_bench.records import Run, Tier
+from loraport_bench.settings import Settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of the schedule."""
+
+    position: int
+    tier: Tier
+    profile: str
+    backend: str
+    seed: int
+    repeat: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.tier}/{self.profile}/{self.backend}/{self.seed}/{self.repeat}"
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder among the rows."""
+        return self.key.replace("/", "-")
+
+
+def schedule(settings: Settings) -> list[Job]:
+    """All trainings, in order. Each repeat takes the next seed, and every odd one the backends backwards."""
+    jobs = []
+    for repeat in range(settings.repeats):
+        seed = settings.seeds[repeat % len(settings.seeds)]
+        backends = settings.backends if repeat % 2 == 0 else settings.backends[::-1]
+        for tier in settings.tiers:
+            for profile in settings.profiles:
+                jobs += [(tier, profile, backend, seed, repeat) for backend in backends]
+    return [Job(position, *each) for position, each in enumerate(jobs)]
+
+
+def part_of(jobs: list[Job], number: int, count: int) -> list[Job]:
+    """The share of one of `count` machines. What belongs to one (backend, profile, seed) stays together."""
+    groups = list(dict.fromkeys((job.backend, job.profile, job.seed) for job in jobs))
+    mine = {group for place, group in enumerate(groups) if place % count == number}
+    return [job for job in jobs if (job.backend, job.profile, job.seed) in mine]
+
+
+def expected_seconds(job: Job, done: Iterable[Run]) -> float | None:
+    """How long a training will take: the median of those done that are most like it; None when nothing is known."""
+    finished = [run for run in done if run.backend == job.backend and run.status != "refused"]
+    for alike in (
+        [run for run in finished if run.group == (job.tier, job.profile)],
+        [run for run in finished if run.profile == job.profile],
+        finished,
+    ):
+        if alike:
+            return statistics.median(run.total_s for run in alike)
+    return None

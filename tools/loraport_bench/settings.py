@@ -1,0 +1,85 @@
+"""What a bench is to do, kept in its folder as `bench.json`: the same command goes on, another one is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, ValidationError
+
+from loraport.errors import DataError, SpecError
+from loraport.files import write_atomic
+from loraport_bench.records import Data, Tier
+
+FILE = "bench.json"
+#: The profile that stands for the spec's own memory section.
+OF_SPEC = "spec"
+
+
+class Settings(Data):
+    """All that a bench depends on. `given` is the spec as it was read, with absolute paths."""
+
+    given: dict[str, Any]
+    changes: dict[str, list[str]] = Field(default_factory=dict)  #: by backend: FIELD=VALUE for it alone
+    backends: list[str]
+    profiles: list[str]
+    tiers: list[Tier]
+    card: str | None  #: hardware profile for best effort; None: that of the machine's card
+    repeats: int
+    seeds: list[int]
+    steps: int
+    warm_up: int
+    checkpoints: int  #: of a run that are scored, the end among them
+    held_out: int
+    time_limit_s: float
+    sampling_s: float
+    overhead_pairs: int
+
+    @property
+    def spec_sha256(self) -> str:
+        content = json.dumps(self.given, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def keep_in(self, folder: Path) -> None:
+        """Write to a new bench's folder, or see that an old one was for the same. Raises SpecError naming what
+        differs."""
+        path = folder / FILE
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, self.model_dump_json(indent=1) + "\n")
+            return
+        old = self.read_from(folder)
+        names = [name for name in type(self).model_fields if getattr(old, name) != getattr(self, name)]
+        if names:
+            told = ", ".join(_difference(name, getattr(old, name), getattr(self, name)) for name in names)
+            raise SpecError(
+                f"{folder} holds a bench with other settings: {told}.",
+                hint="Give the options it was begun with to go on with it, or another folder with --out.",
+            )
+
+    @classmethod
+    def read_from(cls, folder: Path) -> Self:
+        """The settings of a bench's folder. Raises DataError when they are not there or damaged."""
+        try:
+            return cls.model_validate_json((folder / FILE).read_bytes())
+        except (OSError, ValidationError) as error:
+            raise DataError(
+                f"{folder} is not the folder of a bench: its {FILE} is missing or damaged.",
+                hint="`loraport bench SPEC -o FOLDER` makes one.",
+            ) from error
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if name == "given":
+        fields = sorted(path for path in _flat(old) | _flat(new) if _flat(old).get(path) != _flat(new).get(path))
+        return f"the spec's {', '.join(fields)}"
+    return f"{name.replace('_', '-')} was {old!r} and is {new!r} now"
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

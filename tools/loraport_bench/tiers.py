@@ -1,0 +1,226 @@
+"""What each backend is asked to train: the same for all in the matched tier, its own best for the card in the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from loraport.gpu import FP8_CAPABILITY, Card, cards, settings_for
+from loraport.planning import Kind, Plan
+from loraport.plugins import plugins
+from loraport.profiles import DEFAULTS, QUANTIZED, resolve_memory
+from loraport.run.api import plan
+from loraport.spec.load import build_spec
+from loraport.spec.models import TrainSpec, leaf_fields
+from loraport_bench.images import Staged, caption_ext
+from loraport_bench.records import Inequality
+from loraport_bench.settings import OF_SPEC, Settings
+
+#: What a backend has to do exactly to be compared in the matched tier: the work, and what it costs.
+MATCHED = (
+    *("model.family", "model.checkpoint", "model.dtype"),
+    *("dataset.path", "dataset.repeats", "dataset.resolution", "dataset.flip", "dataset.caption_dropout"),
+    "dataset.max_text_tokens",
+    *("dataset.regularization.path", "dataset.regularization.repeats", "dataset.regularization.weight"),
+    *("lora.type", "lora.rank", "lora.alpha", "lora.rslora", "lora.dora", "lora.dropout", "lora.targets"),
+    *("train.steps", "train.gpus", "train.batch_size", "train.gradient_accumulation", "train.learning_rate"),
+    *("train.optimizer", "train.weight_decay", "train.lr_scheduler", "train.max_grad_norm", "train.ema_decay"),
+    *("memory.storage", "memory.compute", "memory.offload", "memory.compile", "memory.gradient_checkpointing"),
+)
+
+#: The values that every trainer is likely to share; taken where one of them does not do the spec's own.
+COMMON: dict[str, Any] = {
+    "train.max_grad_norm": 0.0,
+    "train.warmup_steps": 0,
+    "train.lr_scheduler": "constant",
+    "train.ema_decay": 0.0,
+    "dataset.caption_dropout": 0.0,
+    "dataset.flip": False,
+    "lora.dropout": 0.0,
+    "memory.compute": "model",
+    "memory.offload": "none",
+    "memory.compile": "none",
+    "memory.gradient_checkpointing": "full",
+}
+
+#: What measuring asks of a spec, whatever it says.
+_MEASURED = {
+    "dataset.path": "the staged images, at their final size",
+    "dataset.trigger_word": "none: it is in the staged captions",
+    "validation.every": "0: the held-out images are scored after the run, by one evaluator for all",
+    "sample.every": "0: nothing is drawn",
+    "save.every": "so that there are checkpoints to score",
+}
+
+
+def content_of(settings: Settings, staged: Staged, backend: str, seed: int) -> dict[str, Any]:
+    """The spec of a run but for its memory section, as plain data: what all backends share, and what is for this one.
+
+    Raises SpecError when the changes for this backend are no valid spec.
+    """
+    given = dict(settings.given)
+    if given["backend"]["name"] not in (None, backend):  # its options and interpreter are another trainer's
+        given["backend"] = {"name": backend}
+    spec = build_spec(given, settings.changes.get(backend), base=Path.cwd(), origin=f"the spec for {backend}").spec
+    content = spec.model_dump(mode="json")
+    content["backend"]["name"] = backend
+    content["model"]["checkpoint"] = staged.checkpoint
+    content["dataset"] |= staged_dataset(spec, staged.trained)
+    steps, kept = settings.steps, settings.checkpoints
+    every = -(-steps // kept) if kept else 0
+    content["train"] |= {"steps": steps, "seed": seed}
+    content["save"] |= {"every": every, "keep": max(1, kept)}
+    content["sample"] |= {"every": 0, "prompts": []}
+    content["validation"] |= {"every": 0, "path": None}
+    return content
+
+
+def staged_dataset(spec: TrainSpec, folder: Path) -> dict[str, Any]:
+    """The fields of `dataset` by which a staged folder is read."""
+    gone: dict[str, Any] = {"trigger_word": None, "default_caption": None, "caption_field": None, "sets": []}
+    return {"path": str(folder), "caption_ext": caption_ext(spec), **gone}
+
+
+def memory_of(settings: Settings, profile: str) -> dict[str, Any]:
+    """The memory section that a profile stands for, fully set. Raises SpecError for a name that is not there."""
+    spec = TrainSpec.model_validate(settings.given)
+    if profile == OF_SPEC:
+        memory = resolve_memory(spec, plugins().profiles()).memory
+    else:
+        asked = type(spec.memory).model_validate({"quantize": profile})
+        memory = resolve_memory(spec.model_copy(update={"memory": asked}), plugins().profiles()).memory
+    return _plain(memory.model_dump(mode="json"))
+
+
+def matched(settings: Settings, staged: Staged, profile: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The matched spec of each backend (seed and repeat left as they are), and what of it is not the given spec's, with
+    why. Each field of COMMON takes its common value when more backends do that exactly than the spec's own."""
+    contents = {name: content_of(settings, staged, name, settings.seeds[0]) for name in settings.backends}
+    memory = memory_of(settings, profile)
+    for content in contents.values():
+        content["memory"] = dict(memory)
+    changed = dict(_MEASURED)
+    for path, value in COMMON.items():
+        if all(_at(content, path) == value for content in contents.values()):
+            continue
+        tried = {backend: _with(content, path, value) for backend, content in contents.items()}
+        not_exact = _inexact(contents, path)
+        if len(_inexact(tried, path)) < len(not_exact):
+            contents = tried
+            changed[path] = f"{value}: not done exactly by {', '.join(not_exact)} as the spec has it"
+    return contents, changed
+
+
+def best_effort(settings: Settings, staged: Staged, profile: str, backend: str) -> dict[str, Any]:
+    """The spec with the memory settings that are recommended for the card, mapped to what this backend can do.
+
+    The hardware profile's settings count; of the quantisations that store weights as `profile` does, the one that
+    computes in fewest bits which the backend takes, and compiling where it takes it.
+    """
+    content = content_of(settings, staged, backend, settings.seeds[0])
+    recommended = _recommended(settings)
+    base = memory_of(settings, profile)
+    found = None
+    for storage in _quantisations(profile, base):
+        for compile_name in dict.fromkeys((recommended["compile"], "none")):
+            memory = {**recommended, **storage, "compile": compile_name}
+            tried = {**content, "memory": _plain(memory)}
+            kinds = {v.path: v.kind for v in make(tried, backend, Path("run")).verdicts if v.path.startswith("memory.")}
+            if Kind.REFUSED in kinds.values():
+                continue
+            if kinds["memory.compute"] in (Kind.EXACT, Kind.APPROXIMATED):
+                return tried
+            found = found or tried
+    return found or {**content, "memory": _plain({**recommended, **{name: base[name] for name in QUANTIZED}})}
+
+
+def make(content: Mapping[str, Any], backend: str, out: Path) -> Plan:
+    """The plan of a run's spec. Raises SpecError for a spec that is none."""
+    return plan(build_spec(dict(content), base=Path.cwd(), origin=f"the spec for {backend}").spec, backend, out)
+
+
+def why_not_matched(made: Plan) -> str | None:
+    """Why this plan has no place in the matched tier; None when it does all of MATCHED exactly."""
+    needed = {*MATCHED, *(["lora.factor"] if made.spec.lora.type == "lokr" else [])}
+    bad = [verdict for verdict in made.not_exact() if verdict.path in needed]
+    if not bad:
+        return None
+    return "; ".join(f"{verdict.path} = {verdict.value!r}: {verdict.kind}: {verdict.reason}" for verdict in bad)
+
+
+def inequalities(plans: Mapping[str, Plan]) -> list[Inequality]:
+    """The fields that some of these plans do not do exactly, or that have other values."""
+    found = []
+    for path in leaf_fields():
+        verdicts = {name: verdict for name, made in plans.items() for verdict in made.verdicts if verdict.path == path}
+        values = {repr(verdict.value) for verdict in verdicts.values()}
+        if path.startswith("backend.") or not verdicts:
+            continue
+        if len(values) > 1 or any(verdict.kind is not Kind.EXACT for verdict in verdicts.values()):
+            told = {
+                name: ("" if len(values) == 1 else f"{verdict.value}, ")
+                + (str(verdict.kind) if verdict.kind is Kind.EXACT else f"{verdict.kind}: {verdict.reason}")
+                for name, verdict in verdicts.items()
+            }
+            shown = next(iter(verdicts.values())).value if len(values) == 1 else None
+            found.append(Inequality(path=path, value=str(shown) if isinstance(shown, Path) else shown, backends=told))
+    return found
+
+
+def _recommended(settings: Settings) -> dict[str, Any]:
+    """The settings of the hardware profile that was asked for, else of the machine's card, else the defaults."""
+    known = plugins().profiles()
+    if settings.card is not None:
+        asked = TrainSpec.model_validate({**settings.given, "memory": {"profile": settings.card}})
+        return resolve_memory(asked, known).memory.model_dump(mode="json")
+    card = _card()
+    chosen = settings_for(card, known) if card else None
+    return DEFAULTS | (chosen[1] if chosen else {})
+
+
+def _quantisations(profile: str, base: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """What memory.storage and memory.compute may be for a profile, the fastest first."""
+    own = {name: base[name] for name in QUANTIZED}
+    if profile == OF_SPEC:
+        return [own]
+    card = _card()
+    fp8 = card is not None and card.compute_capability >= FP8_CAPABILITY
+    same = [each.sets for (kind, _), each in plugins().profiles().items() if kind == "quantize"]
+    faster = [
+        dict(sets)
+        for sets in same
+        if sets["storage"] == own["storage"] and sets["compute"] != "model" and (fp8 or sets["compute"] != "fp8")
+    ]
+    return [*faster, own] if card is not None and own["compute"] == "model" else [own]
+
+
+def _card() -> Card | None:
+    return next(iter(cards()), None)
+
+
+def _plain(memory: Mapping[str, Any]) -> dict[str, Any]:
+    """A memory section of settings alone: the names of profiles that stand for them are left out."""
+    return {name: value for name, value in memory.items() if name not in ("profile", "quantize")}
+
+
+def _inexact(contents: Mapping[str, Mapping[str, Any]], path: str) -> list[str]:
+    """The backends that do not do exactly what is said at `path`."""
+    found = []
+    for backend, content in contents.items():
+        verdict = next(v for v in make(content, backend, Path("run")).verdicts if v.path == path)
+        if verdict.kind is not Kind.EXACT:
+            found.append(backend)
+    return found
+
+
+def _at(content: Mapping[str, Any], path: str) -> Any:
+    value: Any = content
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
+def _with(content: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    section, _, name = path.rpartition(".")
+    return {**content, section: {**content[section], name: value}}

@@ -12,6 +12,7 @@ from loraport.cli.options import AsJson, BackendName, Out, Overrides, SpecFile, 
 
 if TYPE_CHECKING:
     from loraport.advice import Advice
+    from loraport.epoch import Epoch
     from loraport.planning import Plan, Verdict
 
 _COLOURS = {
@@ -42,7 +43,9 @@ def add_commands(cli: typer.Typer) -> None:
         first = make(wanted, backend, out)
         plans = [first] if against is None else [first, make(wanted, against, out)]
         if as_json:
-            content: Any = [plan.to_dict() | {"advice": _advice(plan).to_dict()} for plan in plans]
+            content: Any = [
+                plan.to_dict() | {"epoch": _epoch(plan).to_dict(), "advice": _advice(plan).to_dict()} for plan in plans
+            ]
             typer.echo(json.dumps(content[0] if against is None else content, indent=2, ensure_ascii=False))
         elif against is None:
             _show(first)
@@ -68,6 +71,8 @@ def _show(plan: Plan) -> None:
         counts[str(verdict.kind)] = counts.get(str(verdict.kind), 0) + 1
     console.print(", ".join(f"[{_COLOURS[kind]}]{count} {kind}[/]" for kind, count in counts.items()))
     console.print(f"\n[bold]Memory[/] {escape(_memory(plan))}", highlight=False)
+    images = "\n  ".join(_epoch(plan).lines())
+    console.print(f"[bold]Images[/] {escape(images)}", highlight=False)
     for heading, text in _advice(plan).lines():
         console.print(f"[bold]{heading}[/] {escape(text)}", highlight=False)
     for path, text in plan.files.items():
@@ -86,6 +91,12 @@ def _show_both(first: Plan, second: Plan) -> None:
     console.print(_table(f"{first.spec.name}: {first.backend} against {second.backend}", [first, second]))
     differing = sum(a.kind != b.kind for a, b in zip(first.verdicts, second.verdicts, strict=True))
     console.print(f"{differing} of {len(first.verdicts)} fields are treated differently.")
+
+
+def _epoch(plan: Plan) -> Epoch:
+    from loraport.epoch import epoch_of
+
+    return epoch_of(plan.spec)
 
 
 def _advice(plan: Plan) -> Advice:

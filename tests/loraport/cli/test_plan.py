@@ -263,3 +263,22 @@ def test_advice_stands_beside_the_verdicts_and_changes_no_exit_code(spec_file: P
     assert "Disk not known" in out
     code, out, _ = run("plan", spec_file, "--json")
     assert json.loads(out)["advice"]["time"]["seconds"] is None
+
+
+def test_the_images_of_an_epoch_are_counted_by_set(tmp_path: Path, spec_file: Path) -> None:
+    for folder, count in {"one": 2, "two": 6}.items():
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            (tmp_path / folder / f"{number}.png").touch()
+    spec_file.write_text(
+        "name: demo\nmodel: {checkpoint: tiny}\ntrain: {steps: 24}\n"
+        "dataset: {sets: [{path: one, weight: 1}, {path: two, weight: 1}]}\n"
+    )
+    code, out, _ = run("plan", spec_file)
+    assert code == 0
+    assert "Images 8 images in 2 sets, 12 samples an epoch, 2 epochs" in out
+    assert f"dataset.sets[0]: 2 of {tmp_path}/one, 3 times each: 50 % of the samples" in out
+    code, out, _ = run("plan", spec_file, "--json")
+    assert [one["repeats"] for one in json.loads(out)["epoch"]["sets"]] == [3, 1]
+    code, out, _ = run("plan", spec_file, "--backend", "native", "--against", "modest")
+    assert "dataset.sets[1].weight" in out

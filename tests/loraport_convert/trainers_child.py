@@ -23,20 +23,25 @@ from comfyui_child import Absent
 UNUSED = {"torchvision", "cv2", "optimum", "torchao", "toml", "oyaml", "dotenv", "flatten_json", "lpips", "k_diffusion"}
 UNUSED |= {"controlnet_aux", "albumentations", "av", "torchaudio", "scipy", "tqdm", "timm", "kornia"}
 
+#: Kinds of tensors that ai-toolkit asks about, and where they are from.
+QUANTISED = {
+    "QTensor": "optimum.quanto",
+    "QBytesTensor": "optimum.quanto",
+    "AffineQuantizedTensor": "torchao.dtypes",
+}
+
 
 def build(modules, classes):
     """A model with these modules and nothing else: random weights, containers of the given class names."""
     torch.manual_seed(0)
-    root = type(classes.get("", "Model"), (torch.nn.Module,), {})()
+    root = type("Model", (torch.nn.Module,), {})()
     for name, shape in modules.items():
         parent, path = root, ""
         *containers, last = name.split(".")
         for each in containers:
             path = f"{path}.{each}".lstrip(".")
             if each not in parent._modules:
-                kind = next(
-                    (kind for pattern, kind in classes.items() if pattern and re.fullmatch(pattern, path)), "Box"
-                )
+                kind = next((kind for pattern, kind in classes.items() if re.fullmatch(pattern, path)), "Box")
                 parent.add_module(each, type(kind, (torch.nn.Module,), {})())
             parent = parent._modules[each]
         rows, columns, *kernel = shape
@@ -98,14 +103,10 @@ def sd_scripts(case, unet, encoders, path):
 
 
 def ai_toolkit(case, unet, encoders, path):
-    for package, kinds in (
-        ("optimum.quanto", ("QTensor", "QBytesTensor")),
-        ("torchao.dtypes", ("AffineQuantizedTensor",)),
-    ):
+    for kind, package in QUANTISED.items():
         module = importlib.import_module(package)
-        for kind in kinds:
-            if not isinstance(getattr(module, kind), type):  # an absent package: no tensor is of its kinds
-                setattr(module, kind, type(kind, (), {}))
+        if not isinstance(getattr(module, kind), type):  # an absent package: no tensor is of its kinds
+            setattr(module, kind, type(kind, (), {}))
     special = importlib.import_module("toolkit.lora_special")
 
     class Base:
@@ -163,9 +164,8 @@ def main(trainer, checkout, folder):
         before = {prefix: weights(model) for prefix, model in models.items()}
         unet, *encoders = models.values()
         kept = TRAINERS[trainer](case, unet, encoders, folder / f"{name}.safetensors")
-        expected = {
-            f"{prefix}{each}": t for prefix, m in models.items() for each, t in changes(m, before[prefix]).items()
-        }
+        changed = {prefix: changes(model, before[prefix]) for prefix, model in models.items()}
+        expected = {f"{prefix}{each}": change for prefix, found in changed.items() for each, change in found.items()}
         save_file(expected, str(folder / f"{name}.expected"))
         del kept
 

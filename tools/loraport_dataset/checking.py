@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -131,12 +131,16 @@ class _Check:
     def _tell(self, rule: Rule, problems: Callable[[], Iterable[Problem]], file: str) -> None:
         if rule.id in self._report.broken_rules:
             return
-        try:
-            found = [_finding(rule, problem, file) for problem in problems()]
-        except Exception as error:  # a defect, most likely of a stranger's rule; the others go on
-            self._report.broken_rules[rule.id] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return
-        for finding in found:
+        coming: Iterator[Problem] | None = None
+        while True:
+            try:
+                coming = iter(problems()) if coming is None else coming
+                finding = _finding(rule, next(coming), file)
+            except StopIteration:
+                return
+            except Exception as error:  # a defect, most likely of a stranger's rule; the others go on
+                self._report.broken_rules[rule.id] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                return
             self._report.add(self._source.title, finding, type(rule))
             if self._sink is not None:
                 self._sink(self._source.title, finding)

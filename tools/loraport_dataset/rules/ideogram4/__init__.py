@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_rules(register: Callable[[type[Rule]], None]) -> None:
-    from loraport_dataset.rules.ideogram4 import boxes, form, shape, words
+    from loraport_dataset.rules.ideogram4.boxes import RULES as BOXES
+    from loraport_dataset.rules.ideogram4.form import RULES as FORM
+    from loraport_dataset.rules.ideogram4.shape import RULES as SHAPE
+    from loraport_dataset.rules.ideogram4.words import RULES as WORDS
 
-    for module in (shape, boxes, form, words):
-        for rule in module.RULES:
-            register(rule)
+    for rule in (*SHAPE, *BOXES, *FORM, *WORDS):
+        register(rule)

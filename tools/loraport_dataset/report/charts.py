@@ -16,7 +16,7 @@ WIDTH = 360
 INK, MUTED, LINE, ACCENT, WARN = "#1b2027", "#59626e", "#d9dee5", "#2563c9", "#b3261e"
 #: Light to dark, for counts.
 SHADES = ("#e3edfb", "#cbdef7", "#afcbf1", "#90b5ea", "#6f9ce0", "#4f82d4", "#3569c4", "#2253ae", "#173f90", "#0e2c6e")
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 10, 10, 40
 _BINS = 24
 _SPOTS = 32  #: places for bubbles along an axis, so that their number is bounded
 

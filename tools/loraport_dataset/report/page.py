@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loraport.advice import Advice
 
 MOST_SETS = 30  #: that have a chapter of their own
-MOST_BUCKETS, MOST_COLOURS = 24, 36
+MOST_COLOURS = 36
 #: Pictures that measured colours come from, at most: they wait in memory, each a thumbnail.
 MOST_MEASURED = 200
 

@@ -178,6 +178,8 @@ def test_pictures_are_small_and_bounded_in_number_and_size(tmp_path: Path) -> No
 
 def test_an_image_that_cannot_be_shown_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image(tmp_path / "a.png", (100, 100))
+    write_image(tmp_path / "d.jpg", (100, 100))
+    write_image(tmp_path / "e.jpg", (100, 100), progressive=True)
     cut = write_image(tmp_path / "b.png", (64, 64), seed=1)
     cut.write_bytes(cut.read_bytes()[:-60])
     (tmp_path / "c.png").write_bytes(b"x")
@@ -186,6 +188,8 @@ def test_an_image_that_cannot_be_shown_says_why(tmp_path: Path, monkeypatch: pyt
     assert problems[0].startswith("Too large to be drawn here: 100 × 100 px")
     assert "damaged or cut short" in problems[1]
     assert "not an image" in problems[2]
+    assert problems[3] == ""  # a JPEG is decoded small
+    assert problems[4] == problems[0]  # but for one that must be whole in memory
 
 
 def test_boxes_lie_where_captions_say_and_what_the_bucket_cuts_off_is_shaded(tmp_path: Path) -> None:

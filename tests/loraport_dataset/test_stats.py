@@ -127,6 +127,16 @@ def test_captions_of_any_shape_are_counted(tmp_path: Path, root: Any) -> None:
     assert len(stats.tokens) == 1
 
 
+def test_what_captions_invent_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraport_dataset.stats.MOST_DIFFERENT", 2)
+    for number in range(3):
+        colours = ["#111111", f"#00000{number}"]
+        write_pair(tmp_path, f"{number}.png", caption(medium=f"medium {number}", color_palette=colours), seed=number)
+    stats = counted(tmp_path)
+    assert stats.style_colours == {"#111111": 3, "#000000": 1}
+    assert stats.media == {"medium 0": 1, "medium 1": 1}
+
+
 def test_unreadable_images_and_captions_are_counted(tmp_path: Path) -> None:
     (write_pair(tmp_path, "a.png")).write_bytes(b"no image")
     write_pair(tmp_path, "b.png")

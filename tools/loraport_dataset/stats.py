@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 GRID = 40  #: cells of a heat map, in each direction
 FULL = 1000  #: a bbox is in thousandths of the picture
+MOST_DIFFERENT = 10_000  #: colours, and words for a medium, that are told apart
 _COLOUR = re.compile(r"#[0-9A-Fa-f]{6}")
 
 
@@ -170,14 +171,14 @@ class Stats:
     def _see_json(self, root: Any) -> None:
         self.json_captions += 1
         style = _object(_object(root).get("style_description"))
-        self.style_colours.update(colours_in(style))
+        _add(self.style_colours, colours_in(style))
         medium = style.get("medium")
         if isinstance(medium, str):
-            self.media[medium[:60]] += 1
+            _add(self.media, [medium[:60]])
         found = 0
         for element in _elements(root):
             found += 1
-            self.element_colours.update(colours_in(element))
+            _add(self.element_colours, colours_in(element))
             box = box_of(element)
             if box is not None:
                 self.heat[box.kind].add(box)
@@ -291,6 +292,13 @@ def general_advice(stats: Iterable[Stats]) -> list[tuple[str, str, str]]:
         least, most = each.for_images(images)
         rows.append((each.purpose, each.range_text(), f"{least:,} to {most:,}"))
     return rows
+
+
+def _add(counter: Counter[str], values: Iterable[str]) -> None:
+    """Count values, but no new one beyond `MOST_DIFFERENT`."""
+    for value in values:
+        if value in counter or len(counter) < MOST_DIFFERENT:
+            counter[value] += 1
 
 
 def _cells(start: float, end: float) -> tuple[int, int]:

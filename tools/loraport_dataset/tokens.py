@@ -28,8 +28,8 @@ ESTIMATE = TokenCounter(
 def token_counter(checkpoint: str, revision: str | None = None, backend: Any = None) -> TokenCounter:
     """The counter that a backend has for a checkpoint (a folder or a hub id), else an estimate. Downloads nothing.
 
-    backend: one with a `token_counter` (`loraport.backend.Backend`); the default one when left out. Raises DataError for
-    a tokenizer that is there and broken.
+    backend: one with a `token_counter` (`loraport.backend.Backend`); the default one when left out. Raises DataError
+    for a tokenizer that is there and broken.
     """
     from loraport.plugins import plugins
     from loraport.run.api import DEFAULT_BACKEND

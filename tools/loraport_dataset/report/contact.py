@@ -7,12 +7,13 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 from PIL import Image
 
-from loraport.images import FileProblem, load_pixels
+from loraport.images import FileProblem, load_pixels, open_image
 from loraport.rules import NO_JSON, ScannedImage
 from loraport_dataset.stats import FULL, Box, Stats, as_trained, boxes_in, bucket_of, cover
 
@@ -20,7 +21,7 @@ SIDE = 320  #: of a thumbnail's longer side, px
 QUALITY = 72  #: of JPEG
 #: All thumbnails together, in bytes of JPEG; those beyond are left out, and the page says how many.
 MOST_BYTES = 6_000_000
-#: An image with more pixels is not decoded for its thumbnail, but for a JPEG, which is decoded small.
+#: An image with more pixels is not decoded for its thumbnail, unless it is of a kind that is decoded small.
 MOST_PIXELS = 64_000_000
 MOST_BOXES, MOST_TEXT = 40, 4000
 #: Dark enough for white numbers on them, and told apart by people who see few colours by their numbers.
@@ -87,15 +88,21 @@ def _small(image: ScannedImage) -> tuple[Image.Image | None, str]:
     """The image within `SIDE` px, or why it cannot be shown."""
     if image.unreadable is not None:
         return None, image.unreadable[0]
-    if image.format != "JPEG" and image.size[0] * image.size[1] > MOST_PIXELS:
-        return None, f"Too large to be drawn here: {image.size[0]} × {image.size[1]} px."
     try:
+        if image.size[0] * image.size[1] > MOST_PIXELS and not _decodes_small(image.path):
+            return None, f"Too large to be drawn here: {image.size[0]} × {image.size[1]} px."
         pixels = load_pixels(image.path, at_least=SIDE)
     except (FileProblem, OSError, MemoryError) as problem:
         why = str(problem) or "its pixels take more memory than there is"
         return None, f"{why[0].upper()}{why[1:]}."
     pixels.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return pixels, ""
+
+
+def _decodes_small(path: Path) -> bool:
+    """Whether an image is read at a fraction of its size; a progressive JPEG is whole in memory first."""
+    with open_image(path) as image:
+        return image.format == "JPEG" and not image.info.get("progressive")
 
 
 def _jpeg(pixels: Image.Image) -> bytes:

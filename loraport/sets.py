@@ -154,7 +154,8 @@ def trained_sets(spec: TrainSpec, family: Family) -> list[TrainedSet]:
         found.append(items)
     repeats = repeats_of(sets, [len(items) for items in found])
     trained = [TrainedSet(*each) for each in zip(sets, found, repeats, strict=True)]
-    _refuse_overlap(trained)
+    if spec.dataset.sets:
+        _refuse_overlap(trained)
     return trained
 
 
@@ -223,7 +224,7 @@ def _listed(one: ImageSet) -> list[Listed]:
 def _refuse_overlap(sets: list[TrainedSet]) -> None:
     """An image twice in the same way is a mistake; at two resolutions, or with two captions, it may be meant."""
     seen: dict[tuple[Path, int, str], ImageSet] = {}
-    for each in sets if len(sets) > 1 else ():
+    for each in sets:
         for item in each.items:
             first = seen.setdefault((item.image.resolve(), each.set.resolution, item.caption), each.set)
             if first != each.set:

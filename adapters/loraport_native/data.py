@@ -102,7 +102,7 @@ def prepare(
         limit = spec.dataset.max_text_tokens
         return key("text", caption, checkpoint.identity, limit, str(dtype), storage)
 
-    def sample(entry: _Entry) -> Sample:
+    def sample(entry: Entry) -> Sample:
         picture = entry.picture
         image = entry.picture.item.image.read_bytes()
         latents = key("image", image, picture.bucket, picture.mirrored, checkpoint.identity)
@@ -110,7 +110,7 @@ def prepare(
         sources.setdefault(entry.caption, entry.name)
         return Sample(entry.name, latents, text_key(entry.caption), picture.bucket, entry.weight, entry.caption_dropout)
 
-    trained, held_out = _entries(spec, family)
+    trained, held_out = entries_of(spec, family)
     samples = [one for entry in trained for one in [sample(entry)] * entry.repeats]
     validation = [sample(entry) for entry in held_out]
     extra_captions = list(extra_captions)
@@ -167,7 +167,7 @@ def epoch_batches(samples: list[Sample], batch_size: int, seed: int, epoch: int)
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A picture with its place in the training."""
 
     name: str
@@ -190,15 +190,15 @@ def _share(missing: Mapping[str, T], group: Group, emit: Emit) -> tuple[dict[str
     return dict(group.share(list(missing.items()))), tell
 
 
-def _entries(spec: TrainSpec, family: Family) -> tuple[list[_Entry], list[_Entry]]:
+def entries_of(spec: TrainSpec, family: Family) -> tuple[list[Entry], list[Entry]]:
     """What is trained and what is held out."""
     dataset, multiple = spec.dataset, family.side_multiple
 
-    def entry(one: ImageSet, root: Path, item: Item, mirrored: bool = False, repeats: int = 1) -> _Entry:
+    def entry(one: ImageSet, root: Path, item: Item, mirrored: bool = False, repeats: int = 1) -> Entry:
         bucket = bucket_for(item.size, one.resolution, multiple, dataset.upscale, dataset.aspect_buckets)
         name = item.image.relative_to(root).as_posix()
         picture = Picture(item, bucket, mirrored)
-        return _Entry(name, picture, item.caption, repeats, one.loss_weight, one.caption_dropout)
+        return Entry(name, picture, item.caption, repeats, one.loss_weight, one.caption_dropout)
 
     def refuse_tiny(root: Path, items: list[Item]) -> None:
         if not dataset.upscale:

@@ -316,6 +316,31 @@ def test_repeats_mirrors_and_regularisation_are_all_there(images: Path, checkpoi
     assert data.held_out == []
 
 
+def test_several_sets_are_mixed_each_with_its_own_size_weight_and_dropout(
+    images: Path, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    add(tmp_path / "one more", "a", (128, 128), "the other a")
+    add(tmp_path / "general", "g", caption="in general")
+    sets = [
+        {"path": images, "weight": 1},
+        {"path": tmp_path / "one more", "weight": 2, "resolution": 128, "caption_dropout": 0.5, "flip": True},
+        {"path": tmp_path / "general", "weight": 1, "regularization": True, "loss_weight": 0.25},
+    ]
+    spec = spec_for(images, path=None, sets=sets, caption_dropout=0.125, trigger_word="zork")
+    data = prepared(spec, checkpoint)
+    kinds = Counter((sample.name, sample.bucket, sample.weight, sample.caption_dropout) for sample in data.samples)
+    assert kinds == {
+        ("a.png", (80, 48), 1.0, 0.125): 1,
+        ("b.png", (48, 80), 1.0, 0.125): 1,
+        ("c.png", (64, 64), 1.0, 0.125): 1,
+        ("a.png", (128, 128), 1.0, 0.5): 6,
+        ("g.png", (64, 64), 0.25, 0.125): 3,
+    }
+    assert [len({sample.text for sample in data.samples if sample.bucket == bucket}) for bucket in ((128, 128),)] == [1]
+    epoch = epoch_batches(data.samples, 1, seed=1, epoch=0)
+    assert Counter(sample.weight for (sample,) in epoch) == {1.0: 9, 0.25: 3}
+
+
 def test_a_mirrored_sample_is_the_mirrored_image(images: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
     data = prepared(spec_for(images, flip=True), checkpoint)
     twin = tmp_path / "mirrored"

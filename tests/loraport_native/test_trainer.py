@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,19 @@ def test_captions_are_dropped_in_the_share_asked_for(make_spec, make_trainer, sh
     assert len(used) == 1000
 
 
+def test_each_set_drops_its_own_share_of_captions(make_spec, make_trainer, photos) -> None:
+    sets = [{"path": str(photos), "caption_dropout": 1}, {"path": str(photos), "resolution": 80, "caption_dropout": 0}]
+    trainer = make_trainer(make_spec(dataset={"path": None, "sets": sets}))
+    used: list[str] = []
+    read = trainer.data.text
+    object.__setattr__(trainer.data, "text", lambda key: (used.append(key), read(key))[1])
+    for index in range(16):
+        batch = trainer._batch(index)
+        trainer._draw(batch, index)
+        small = batch[0].caption_dropout == 1
+        assert (used.pop() == trainer.data.empty_text) == small
+
+
 def test_a_regularisation_image_counts_with_its_weight(make_spec, make_trainer, photos, tmp_path) -> None:
     spec = make_spec(
         dataset={"regularization": {"path": str(photos), "caption_ext": "txt", "weight": 0.25}},
@@ -223,6 +237,16 @@ RESUMED: dict[str, dict[str, Any]] = {
         "lora": {"dropout": 0.3, "dora": True},
         "train": {"ema_decay": 0.9, "gradient_accumulation": 3, "batch_size": 2},
     },
+    "several sets": {
+        "dataset": {
+            "path": None,
+            "sets": [
+                {"path": "PHOTOS", "weight": 1, "caption_dropout": 0.5},
+                {"path": "PHOTOS", "weight": 3, "resolution": 80, "regularization": True, "loss_weight": 0.5},
+            ],
+        },
+        "train": {"batch_size": 2},
+    },
     "lokr": {"lora": {"type": "lokr"}},
     "loha": {"lora": {"type": "loha"}},
     "adamw8bit": {"lora": {"rank": 64}, "train": {"optimizer": "adamw8bit"}},  # rank 64: large enough for 8 bits
@@ -233,8 +257,9 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_stopped_and_resumed_run_ends_bit_identical(make_spec, make_trainer, tmp_path, case: str) -> None:
-    spec = make_spec(**RESUMED[case], save={"every": 4})
+def test_a_stopped_and_resumed_run_ends_bit_identical(make_spec, make_trainer, tmp_path, photos, case: str) -> None:
+    changes = json.loads(json.dumps(RESUMED[case]).replace("PHOTOS", str(photos)))
+    spec = make_spec(**changes, save={"every": 4})
     make_trainer(spec, tmp_path / "alone").fit()
 
     first = make_trainer(spec, tmp_path / "stopped")
@@ -292,7 +317,7 @@ def test_a_nan_names_step_sample_and_last_good_checkpoint(make_spec, make_traine
     with pytest.raises(BackendError) as caught:
         trainer.fit()
     message = str(caught.value)
-    failed = trainer.step + 1
+    failed = trainer.step
     assert failed > 5
     assert f"step {failed} is not finite, on: 2.png. " in message
     whole = whole_checkpoints(tmp_path / "run")

@@ -143,6 +143,25 @@ def test_a_real_browser_shows_it_quietly_and_it_fits_a_phone(tmp_path: Path, dat
         assert "Findings" in page.text
 
 
+def test_a_dataset_of_hostile_captions_has_its_page(tmp_path: Path) -> None:
+    texts = ['{"a":' * depth + "1" + "}" * depth for depth in (300, 900, 950, 980, 990, 1000)]
+    texts += [
+        '{"high_level_description":"\\ud800"}',
+        "[1,[]]",
+        "null",
+        "x" * 2_000_000,
+        '{"style_description":{"medium":"\\u0000"}}',
+    ]
+    for number, text in enumerate(texts):
+        image = write_image(tmp_path / "set" / f"{number}.png", seed=number)
+        image.with_suffix(".json").write_text(text)
+    from loraport_native.tiny import write_tiny
+
+    tokenizer = write_tiny(tmp_path / "tiny", "official")
+    page = Parsed(made(tmp_path / "set", tmp_path / "report.html", "--checkpoint", tokenizer, "--trigger-word", "mp_x"))
+    assert sum(tag == "img" for tag, _ in page.tags) == len(texts)
+
+
 def test_several_sets_have_a_chapter_each(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_pair(tmp_path / name, "x.png", size=(256, 256), seed=ord(name))

@@ -18,6 +18,7 @@ def test_the_tokenizer_of_a_local_checkpoint_counts(tmp_path: Path) -> None:
     assert counter.exact
     assert counter.source == f"counted by the tokenizer of {checkpoint}"
     assert counter.count("a red dot") > counter.count("") > 0  # the chat message around the caption counts
+    assert counter.count("half a \ud800 character") > 0
 
 
 @pytest.mark.parametrize("backend", [None, SimpleNamespace(), SimpleNamespace(token_counter=lambda *_: None)])

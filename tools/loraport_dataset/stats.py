@@ -6,6 +6,7 @@ for the distinct sizes and four bytes a caption.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -236,7 +237,8 @@ def as_trained(caption: Caption, setting: Setting) -> str:
     """A caption's text as it reaches the model: JSON compact, and the trigger word where it was missing."""
     text = caption.text.strip()
     if caption.root is not NO_JSON:
-        text = json.dumps(caption.root, ensure_ascii=False, separators=(",", ":"))
+        with contextlib.suppress(RecursionError):  # nested as no caption is; training refuses it
+            text = json.dumps(caption.root, ensure_ascii=False, separators=(",", ":"))
     return setting.family.place_trigger(text, setting.trigger_word) if setting.trigger_word else text
 
 

@@ -37,4 +37,11 @@ def token_counter(checkpoint: str, revision: str | None = None, backend: Any = N
     chosen = plugins().backend(DEFAULT_BACKEND) if backend is None else backend
     find: Callable[[str, str | None], Callable[[str], int] | None] | None = getattr(chosen, "token_counter", None)
     count = None if find is None else find(checkpoint, revision)
-    return ESTIMATE if count is None else TokenCounter(count, True, f"counted by the tokenizer of {checkpoint}")
+    if count is None:
+        return ESTIMATE
+
+    def of_any_text(caption: str) -> int:
+        # Half a character, which JSON can escape, is no text for a tokenizer; training refuses it.
+        return count(caption.encode("utf-8", "replace").decode())
+
+    return TokenCounter(of_any_text, True, f"counted by the tokenizer of {checkpoint}")

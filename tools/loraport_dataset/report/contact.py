@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -123,7 +124,8 @@ def _thumbnail(image: ScannedImage, stats: Stats, pixels: Image.Image | None, da
             boxes = boxes_in(caption.root)[:MOST_BOXES]
             told = caption.root.get("high_level_description") if isinstance(caption.root, dict) else None
             description = told if isinstance(told, str) else ""
-            text = json.dumps(caption.root, ensure_ascii=False, indent=1)
+            with contextlib.suppress(RecursionError):
+                text = json.dumps(caption.root, ensure_ascii=False, indent=1)
     size = pixels.size if pixels is not None else (0, 0)
     bucket = None if image.unreadable else bucket_of(image.size, stats.setting)
     return Thumbnail(

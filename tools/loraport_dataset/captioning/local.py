@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, StoppingCriteria
+from transformers.utils import logging
 
 from loraport.errors import BackendError, OutOfMemoryError
 from loraport_dataset.captioning.answers import Answer, Message, Refused
@@ -34,6 +35,8 @@ class LocalModel:
         self._device = device or _best_device()
         self._max_tokens = max_tokens
         self._stop = threading.Event()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         try:
             self._processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
             model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, local_files_only=True, dtype="auto")

@@ -82,7 +82,9 @@ class ScannedImage:
     unreadable: tuple[str, str] | None = None  #: why it does not open, and the fix
     caption: Caption | None = None  #: None when there is neither a file nor a default
     similar_captions: tuple[str, ...] = ()  #: without a file: those whose names are almost right
-    pixels: PIL.Image.Image | None = field(default=None, repr=False)  #: RGB, upright; only where they were asked for
+    pixels: PIL.Image.Image | None = field(
+        default=None, repr=False
+    )  #: RGB, upright, scaled down to no less than 256 px; only on demand
     damage: str = ""  #: why they were asked for in vain
 
 

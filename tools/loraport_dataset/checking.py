@@ -27,6 +27,8 @@ from loraport_dataset.sources import Source
 
 #: Hears how many images are done, of how many, in which dataset.
 Progress = Callable[[int, int, str], None]
+#: Pixels a side that rules are shown at least; JPEGs are decoded smaller than they are, which is much faster.
+_SIDE = 256
 R = TypeVar("R", bound=Rule)
 
 
@@ -110,7 +112,7 @@ class _Check:
         setting = self._setting
         if self._pixels and image.unreadable is None:
             try:
-                image = replace(image, pixels=load_pixels(image.path))
+                image = replace(image, pixels=load_pixels(image.path, at_least=_SIDE))
             except (FileProblem, MemoryError, OSError) as problem:
                 why = str(problem) or "its pixels take more memory than there is"
                 image = replace(image, damage=f"{why[0].upper()}{why[1:]}.")

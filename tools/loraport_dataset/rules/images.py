@@ -74,8 +74,8 @@ class Tiny(ImageRule):
 class Small(ImageRule):
     id, severity = "image-small", "warning"
     explanation = (
-        "Images have at least half the resolution in width and height, as the square root of their area: of less, the "
-        "model learns blur, or at most a size that it is not asked for later."
+        "Images have at least half the resolution, as the square root of their area: smaller ones teach blur where "
+        "they are enlarged, and at their own size one that nobody asks for later."
     )
     fix = "Use a larger copy, lower dataset.resolution, or take it out."
 
@@ -147,7 +147,7 @@ class Rotated(ImageRule):
 class Transparent(ImageRule):
     id, severity = "image-transparent", "warning"
     explanation = (
-        "Images have no transparency: LoraPort lays them on white, other trainers on black or on what is beneath."
+        "Images have no transparency: what is behind it, nobody chose. LoraPort's own trainer lays them on white."
     )
     fix = "Save it on the background that it should be learned with."
 

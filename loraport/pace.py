@@ -6,6 +6,7 @@ the rank, the optimizer) is small beside that, and is named as a difference.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def pace(
     here = [row for row in rows if row.card == card.name]
     if not here:
         return Unmeasured(f"nothing was measured on {card.name}{where}")
-    scales = [(_tokens(spec, family, sample, row) / _measured_tokens(row, family), row) for row in here]
+    scales = [(_scale(spec, family, sample, row), row) for row in here]
     scaled, row = min(scales, key=lambda each: _distance(spec, *each))
     seconds = row.step_s * scaled * spec.train.gradient_accumulation
     return Pace(seconds, row, scaled, _differences(spec, row))
@@ -111,17 +112,24 @@ def _unlike_the_released_model(spec: TrainSpec, family: Family) -> str | None:
     return None
 
 
-def _tokens(spec: TrainSpec, family: Family, sample: Sample | None, row: Measurement) -> float:
-    """Tokens of a forward pass of the spec."""
+def dataset_key(spec: TrainSpec) -> str:
+    """The same for specs that train the same images with the same captions at the same sizes."""
+    return hashlib.sha256(spec.dataset.model_dump_json().encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _scale(spec: TrainSpec, family: Family, sample: Sample | None, row: Measurement) -> float:
+    """Tokens of a forward pass of the spec, over those of the measured one."""
+    batches = spec.train.batch_size / row.batch_size
+    if row.dataset is not None:
+        if row.dataset == dataset_key(spec):
+            return batches
+        sample = None  # what the sizes of that run's images were is not known; only its resolution is
     if sample is None:
         from loraport.sets import largest_resolution
 
         sample = Sample(largest_resolution(spec.dataset) ** 2, row.text_tokens)
-    return spec.train.batch_size * (sample.pixels / family.side_multiple**2 + sample.text_tokens)
-
-
-def _measured_tokens(row: Measurement, family: Family) -> float:
-    return row.batch_size * (row.resolution**2 / family.side_multiple**2 + row.text_tokens)
+    patch = family.side_multiple**2
+    return batches * (sample.pixels / patch + sample.text_tokens) / (row.resolution**2 / patch + row.text_tokens)
 
 
 def _distance(spec: TrainSpec, scaled: float, row: Measurement) -> tuple[Any, ...]:

@@ -37,7 +37,9 @@ class Measurement:
     step_s: float  #: median seconds a step
     peak_allocated_gib: float
     peak_reserved_gib: float
-    source: str  #: file under docs/benchmarks
+    source: str  #: file under docs/benchmarks, or a run folder
+    #: of a run: `loraport.pace.dataset_key`, as its images were of many sizes; else all were of `resolution`
+    dataset: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from loraport.errors import LoraPortError
+from loraport.pace import dataset_key
 from loraport.profiles import STEP_FIELDS, Measurement
 from loraport.run import events
 from loraport.run.eta import WARM_UP, WINDOW
@@ -62,6 +63,7 @@ def _measurement(folder: RunFolder) -> Measurement | None:
         peak_allocated_gib=max(step.peak_memory_gib or 0.0 for step in steps),
         peak_reserved_gib=max(step.peak_reserved_gib or 0.0 for step in steps),
         source=str(folder.path),
+        dataset=dataset_key(spec),
     )
 
 

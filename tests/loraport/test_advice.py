@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from loraport.advice import STEPS, DatasetFacts, advice_for, advise, look_at
+from loraport.cli.main import build_app
 from loraport.disk import Contents, Disk, checkpoints_at_once, size_text
 from loraport.gpu import Card
 from loraport.plugins import plugins
@@ -103,6 +106,8 @@ def test_the_time_says_what_was_measured_and_what_was_scaled(images: Path) -> No
     line = advice.time_line()
     assert f"from {row.step_s:.3g} s a step measured there ({row.date}, 1024 px, 512 text tokens)" in line
     assert "times 0.22 as that many tokens pass here; it had rank 32" in line
+    own = replace(row, source="runs/one", dataset="another")
+    assert "(in runs/one, " in advise(wanted, BACKEND, look_at(wanted), Card(row.card, 140, (9, 0)), [own]).time_line()
     told = advice.to_dict()["time"]
     assert told["measured"]["source"] == row.source
     assert told["seconds"] == pytest.approx(advice.seconds, abs=0.1)
@@ -137,3 +142,14 @@ def test_checkpoints_that_lie_on_disk_together(steps: int, every: int, keep: int
 )
 def test_sizes_as_people_say_them(size: float, text: str) -> None:
     assert size_text(size) == text
+
+
+def test_check_ends_with_advice_that_changes_no_exit_code(tmp_path: Path) -> None:
+    folder(tmp_path / "images", 3)
+    (tmp_path / "spec.yaml").write_text(
+        "name: a\nmodel: {checkpoint: a/b}\ndataset: {path: images, caption_ext: txt, resolution: 64}\n"
+    )
+    result = CliRunner().invoke(build_app(), ["check", str(tmp_path / "spec.yaml")])
+    assert result.exit_code == 0
+    assert "Steps: 1,000 steps train each of 3 images 333 times. Advice (public guides" in result.stdout
+    assert "Disk: at most about " in result.stdout

@@ -10,7 +10,7 @@ import pytest
 
 from loraport.gpu import Card
 from loraport.ideogram4 import IDEOGRAM4
-from loraport.pace import Pace, Sample, Unmeasured, pace
+from loraport.pace import Pace, Sample, Unmeasured, dataset_key, pace
 from loraport.plugins import plugins
 from loraport.profiles import STEP_FIELDS, Measurement, resolve_memory
 from loraport.spec.models import TrainSpec
@@ -96,6 +96,15 @@ def test_the_nearest_measurement_counts() -> None:
     assert known(ROW, low, lora={"rank": 16}).measured is low
     assert known(ROW, newer).measured is newer
     assert known(ROW, other, train={"optimizer": "lion"}).measured is other
+
+
+def test_a_run_on_the_same_dataset_is_not_scaled_by_its_sizes() -> None:
+    own = replace(ROW, dataset=dataset_key(spec()), text_tokens=900)  # the longest caption's
+    assert known(own, sample=Sample(700**2, 300)).scaled == 1
+    assert known(own, sample=Sample(700**2, 300), train={"batch_size": 2}).scaled == 2
+    assert known(replace(own, dataset="another"), sample=Sample(700**2, 300)).scaled == 1
+    smaller = known(replace(own, dataset="another"), sample=Sample(500**2, 300), dataset={"resolution": 512})
+    assert smaller.scaled == pytest.approx((32**2 + 900) / (64**2 + 900))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from loraport.pace import dataset_key
 from loraport.plugins import plugins
 from loraport.profiles import resolve_memory
 from loraport.run.earlier import TAIL_BYTES, measured_runs
@@ -46,6 +47,7 @@ def test_a_run_is_a_measurement_with_its_settings(tmp_path: Path) -> None:
     assert row.step_s == 1.0  # half of the median step, which was two passes; the warm-up is left out
     assert (row.card, row.resolution, row.text_tokens, row.date) == ("A card", 768, 300, "2026-11-18")
     assert row.memory["storage"] == "nf4"
+    assert row.dataset == dataset_key(TrainSpec.load(folder / "spec.yaml"))
     assert (row.peak_allocated_gib, row.source) == (8.0, str(folder))
 
 

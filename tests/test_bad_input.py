@@ -140,6 +140,11 @@ def lying_header(folder: Path) -> None:
     path.write_bytes(struct.pack("<Q", 2**40) + data[8:])
 
 
+def sets(*entries: str) -> Break:
+    lines = "".join(f"    - {entry}\n" for entry in entries)
+    return spec(f"name: bad\nmodel: {{checkpoint: tiny}}\ndataset:\n  resolution: 64\n  sets:\n{lines}")
+
+
 BOMB = "a: &a [x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a]\nc: [*b, *b, *b, *b, *b, *b, *b, *b]\n"
 
 CASES: dict[str, tuple[Break, int, list[str]]] = {
@@ -157,6 +162,15 @@ CASES: dict[str, tuple[Break, int, list[str]]] = {
         4,
         ["a.png", "16"],
     ),
+    "set_missing": (sets("path: images", "path: more"), 4, ["more", "is not there"]),
+    "set_inside_another": (
+        sets("{path: ., caption_ext: json}", "{path: images, caption_ext: json}"),
+        4,
+        ["a.png", "dataset.sets[0]", "dataset.sets[1]"],
+    ),
+    "set_twice": (sets("path: images", "path: ./images"), 3, ["sets[1] is sets[0] once more"]),
+    "set_of_weight_0": (sets("{path: images, weight: 0}"), 3, ["dataset.sets[0].weight", "greater than 0"]),
+    "sets_of_regularisation_only": (sets("{path: images, regularization: true}"), 3, ["every set is regularisation"]),
     "yaml_bomb": (spec(BOMB), 3, ["spec.yaml", "alias"]),
     "yaml_duplicate_key": (spec("name: a\nname: b\n"), 3, ["spec.yaml", "name"]),
     "yaml_tab": (spec("train:\n\tsteps: 1\n"), 3, ["spec.yaml", "line 2", "tab"]),

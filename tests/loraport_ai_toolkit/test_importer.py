@@ -157,6 +157,49 @@ def test_what_ai_toolkit_would_default_to_is_written_out(tmp_path: Path) -> None
     assert "so ai-toolkit trains with 1e-6" in notes
 
 
+SEVERAL = """
+config:
+  name: several
+  process:
+    - trigger_word: zork
+      model: {name_or_path: x/y, arch: ideogram4}
+      train: {reg_weight: 0.5}
+      datasets:
+        - {folder_path: one, resolution: [512, 768, 1000], num_repeats: 2, caption_ext: json}
+        - {folder_path: two, resolution: 512, is_reg: true, loss_multiplier: 0.5, flip_x: true}
+"""
+
+
+def test_several_data_sets_and_resolutions_become_sets(tmp_path: Path) -> None:
+    spec_, notes = imported(tmp_path, SEVERAL)
+
+    sets = spec_.dataset.sets
+    assert [(one.path, one.resolution, one.repeats) for one in sets] == [
+        (tmp_path / "one", 512, 2),
+        (tmp_path / "one", 768, 2),
+        (tmp_path / "one", 992, 2),
+        (tmp_path / "two", 512, 1),
+    ]
+    assert (sets[3].regularization, sets[3].loss_weight, sets[3].flip, sets[3].caption_ext) == (True, 0.25, True, "txt")
+    assert (spec_.dataset.trigger_word, spec_.dataset.max_text_tokens) == ("zork", 3072)
+    assert "every other step" in notes
+    assert "was not carried" not in notes
+
+
+def test_a_configuration_of_regularisation_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="has no dataset"):
+        imported(tmp_path, SEVERAL.replace("num_repeats: 2", "is_reg: true"))
+
+
+def test_sets_come_back_whole_from_a_configuration_of_our_own(tmp_path: Path) -> None:
+    sets = [{"path": "/a", "weight": 2}, {"path": "hub:me/b", "weight": 1, "caption_field": "text", "resolution": 512}]
+    original = spec(dataset={"path": None, "sets": sets, "trigger_word": "zork"})
+
+    again, _ = imported(tmp_path, dump_yaml(config(original)))
+
+    assert again.dataset == original.dataset
+
+
 def test_old_accumulation_counts_passes(tmp_path: Path) -> None:
     text = VEHICLE.replace("gradient_accumulation_steps: 1", "gradient_accumulation_steps: 4")
 

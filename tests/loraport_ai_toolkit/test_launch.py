@@ -53,7 +53,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def launch(run_dir: Path, mode: str, **sections: Any) -> subprocess.Popen[str]:
     wanted = spec(
         name="name",
-        dataset={"path": str(run_dir.parent / "bilder und mehr"), "caption_ext": "txt"},
+        dataset={"path": str(run_dir.parent / "bilder und mehr"), "caption_ext": "txt"} | sections.pop("dataset", {}),
         train={"steps": 4, **sections.pop("train", {})},
         save={"every": 2},
         backend={"python": sys.executable, **sections.pop("backend", {})},
@@ -93,6 +93,23 @@ def test_a_run_tells_its_steps_and_saves_and_ends_with_the_final_file(run_dir: P
     assert (run_dir / layout.set_folder("images") / "00002.txt").read_text() == "one,two"
     with Image.open(run_dir / layout.set_folder("images") / "00001.png") as image:
         assert (image.mode, image.getpixel((0, 0))) == ("RGB", (255, 255, 255))
+
+
+def test_sets_are_staged_apart_and_their_weights_become_repeats(run_dir: Path) -> None:
+    more = run_dir.parent / "mehr"
+    more.mkdir()
+    for number in range(6):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(more / f"{number}.png")
+    sets = [{"path": run_dir.parent / "bilder und mehr", "weight": 1}, {"path": more, "weight": 1}]
+    ended(launch(run_dir, "plain", dataset={"path": None, "sets": sets, "default_caption": "x"}), 0)
+
+    datasets = json.loads((run_dir / layout.JOB).read_text())["config"]["process"][0]["datasets"]
+    assert [(one["folder_path"], one["num_repeats"]) for one in datasets] == [
+        ("backend/set-0", 3),
+        ("backend/set-1", 1),
+    ]
+    assert [len(list((run_dir / one["folder_path"]).glob("*.png"))) for one in datasets] == [2, 6]
+    assert (run_dir / "backend/set-1/00006.txt").read_text() == "x"
 
 
 def test_an_exit_with_code_0_and_no_file_is_a_failure(run_dir: Path) -> None:

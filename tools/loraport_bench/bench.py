@@ -23,7 +23,7 @@ from loraport.spec.models import TrainSpec
 from loraport_bench import records as r
 from loraport_bench.equal_work import with_differences
 from loraport_bench.idle import alone_on_machine
-from loraport_bench.images import Staged, stage_images
+from loraport_bench.images import Staged, planned, stage_images
 from loraport_bench.overhead import measure_overhead
 from loraport_bench.quality import score_rows
 from loraport_bench.row import RECORD, Machinery, read_row, run_row
@@ -59,6 +59,12 @@ class Bench:
         family = check_family(self.spec, plugins().families())
         return stage_images(self.spec, self.settings.held_out, family, self.folder / "data")
 
+    def check(self) -> None:
+        """Make every plan, which writes nothing. Raises SpecError when what was asked for is no valid spec."""
+        staged = planned(self.spec, self.folder / "data")
+        for job in self.jobs:
+            self.plan(job, staged)
+
     def done(self) -> dict[str, r.Run]:
         """The records of rows that are finished, by key."""
         found = (read_row(self.machinery.row_folder(job)) for job in self.jobs)
@@ -70,9 +76,10 @@ class Bench:
         return {**contents, "train": {**contents["train"], "seed": job.seed}}
 
     def plan(self, job: Job, staged: Staged) -> Plan | LoraPortError:
-        """The plan of a row, or why there is none."""
+        """The plan of a row, or why there is none. Raises SpecError when what was asked for is no valid spec."""
+        content = self.content(job, staged)
         try:
-            return make(self.content(job, staged), job.backend, self.machinery.row_folder(job) / "run")
+            return make(content, job.backend, self.machinery.row_folder(job) / "run")
         except LoraPortError as error:
             return error
 
@@ -85,11 +92,11 @@ class Bench:
     # -- running ------------------------------------------------------------------------------------------------
 
     def run(self, jobs: list[Job], session_limit: float | None = None) -> None:
-        """Run the jobs that are not done, each alone on the machine, and score them. No new one is begun after
-        `session_limit` seconds."""
-        staged, begun = self.stage(), time.monotonic()
+        """Run the jobs that are not done, each alone on the machine, and score them. After `session_limit` seconds no
+        other one is begun."""
+        staged, begun, ran = self.stage(), time.monotonic(), 0
         for job in jobs:
-            if session_limit is not None and time.monotonic() - begun > session_limit:
+            if session_limit is not None and ran and time.monotonic() - begun > session_limit:
                 self.tell("The session's time is up; the same command goes on with what is left.")
                 break
             with self._row_lock(job) as mine:
@@ -100,6 +107,7 @@ class Bench:
                 else:
                     with alone_on_machine(f"row {job.key} of {self.folder}", self.queue):
                         self.run_job(job, staged)
+                    ran += 1
         self.score(jobs)
 
     def run_job(self, job: Job, staged: Staged) -> r.Run:

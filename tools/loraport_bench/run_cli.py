@@ -13,6 +13,7 @@ from loraport.cli.options import AsJson, Overrides, SpecFile
 
 if TYPE_CHECKING:
     from loraport_bench.bench import Bench
+    from loraport_bench.cluster import Where
     from loraport_bench.schedule import Job
     from loraport_bench.settings import Settings
 
@@ -129,25 +130,33 @@ def run(
         write_task(write_sky, spec, bench, _options_for_part())
         typer.echo(f"Wrote {write_sky}; its first lines say how to start it.")
         return
+    where = None if on is None else _where(on, job or [])
+    bench.check()
     settings.keep_in(folder)
     if retry:
         bench.forget(("error", "out-of-memory", "time-out", "not-ready"))
     problems = []
     try:
-        if on is not None:
-            problems = _on_cluster(bench, jobs, on, job or [])
+        if where is not None:
+            from loraport_bench.cluster import run_on
+
+            problems = run_on(bench, jobs, where)
         else:
             bench.run(jobs, session_limit)
     finally:
         if bench.done():
-            results = bench.gather()
-    _finish(bench, results, problems, as_json)
+            bench.gather()
+    _finish(bench, problems, as_json)
 
 
-def _finish(bench: Bench, results: Any, problems: list[str], as_json: bool) -> None:
+def _finish(bench: Bench, problems: list[str], as_json: bool) -> None:
     from loraport.errors import BackendError
     from loraport_bench.bench import RESULTS, summary
+    from loraport_bench.records import Results
 
+    if not bench.done():
+        raise BackendError("\n  ".join(["No row was run.", *problems]))
+    results = Results.read(bench.folder / RESULTS)
     if as_json:
         typer.echo((bench.folder / RESULTS).read_text(encoding="utf-8"), nl=False)
     else:
@@ -162,13 +171,13 @@ def _finish(bench: Bench, results: Any, problems: list[str], as_json: bool) -> N
         raise BackendError("No run came to its end.", hint=f"{bench.folder / RESULTS} says why each did not.")
 
 
-def _on_cluster(bench: Bench, jobs: list[Job], on: str, parameters: list[str]) -> list[str]:
+def _where(on: str, parameters: list[str]) -> Where:
     from loraport.errors import SpecError, unknown
-    from loraport_bench.cluster import Where, read_parameters, run_on
+    from loraport_bench.cluster import Where, read_parameters
 
     if on not in ("slurm", "local"):
         raise SpecError(unknown("--on:", on, ["slurm", "local"]))
-    return run_on(bench, jobs, Where(on, read_parameters(parameters)))  # type: ignore[arg-type]
+    return Where(on, read_parameters(parameters))  # type: ignore[arg-type]
 
 
 def _settings(**given: Any) -> Settings:

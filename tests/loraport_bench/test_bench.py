@@ -1,0 +1,294 @@
+"""`loraport bench SPEC` from end to end, with trainers that stand in for real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+from loraport_bench.records import Results, Run
+
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
+
+def results(tmp_path: Path) -> Results:
+    return Results.read(tmp_path / "out" / "results.json")
+
+
+def by_backend(tmp_path: Path) -> dict[str, Run]:
+    return {run.backend: run for run in results(tmp_path).runs}
+
+
+def test_two_trainers_are_measured_scored_and_told_in_alternating_order(bench: Any, tmp_path: Path) -> None:
+    code, said = bench("--backends", "swift,steady", "--tiers", "matched", "--seeds", "5,6", "--checkpoints", "3")
+    assert code == 0, said
+    told = results(tmp_path)
+    assert told.complete
+    assert [(run.backend, run.seed) for run in told.runs] == [
+        ("swift", 5), ("steady", 5), ("steady", 6), ("swift", 6),
+    ]  # fmt: skip
+    for run in told.runs:
+        assert run.status == "ok"
+        assert run.failure is None
+        # Everything that was done from the start of the process to its end is in some phase.
+        assert sum(run.phases.values()) == pytest.approx(run.total_s, abs=0.01)
+        assert list(run.phases) == ["start", "load_quantise", "cache", "train", "save", "convert"]
+        assert run.steps is not None
+        assert run.steps.seconds.count == 4
+        assert 0.01 <= run.steps.seconds.p10 <= run.steps.seconds.median <= run.steps.seconds.p90
+        assert run.images_per_second == pytest.approx(1 / (run.steps.wall_mean or 0), rel=0.01)
+        assert [loss.loss for loss in run.losses] == [pytest.approx(1 / step) for step in range(1, 7)]
+        assert run.work is not None
+        assert (run.work.steps, run.work.images, run.work.modules, run.work.parameters) == (6, 6, 1, 64)
+        assert run.work.differs == []
+        assert run.disk is not None
+        assert 100_000 < run.disk.cache_bytes < 200_000
+        assert run.disk.lora_bytes is not None
+        assert run.device_memory is None
+        assert run.configuration is not None
+        assert run.configuration.files == {"backend/settings.txt": "steps 6\n"}
+        assert {verdict.path for verdict in run.verdicts} >= {"train.steps", "lora.rank"}
+        assert run.quality is not None
+        assert (run.quality.without, run.quality.loss, run.quality.images) == (1.0, 0.994, 2)
+        assert [(point.step, round(point.loss, 6)) for point in run.quality.curve] == [
+            (2, 0.998),
+            (4, 0.996),
+            (6, 0.994),
+        ]
+        times = [point.train_s for point in run.quality.curve]
+        assert times == sorted(times)
+    memory = {run.backend: run.host_memory.peak_bytes for run in told.runs if run.host_memory is not None}
+    assert memory["steady"] - memory["swift"] > 25_000_000  # the 40 MB that it holds
+    assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+
+
+def test_all_trainers_read_the_same_images_at_their_final_size_with_the_same_captions(
+    bench: Any, tmp_path: Path
+) -> None:
+    code, said = bench("--backends", "swift", "--tiers", "matched", "--seeds", "0", "--held-out", "1")
+    assert code == 0, said
+    staged = tmp_path / "out" / "data"
+    assert [path.name for path in sorted((staged / "images").iterdir())] == [
+        f"0000{number}.{suffix}" for number in range(1, 5) for suffix in ("json", "png")
+    ]
+    assert (staged / "held-out" / "00001.png").is_file()
+    for path in staged.rglob("*.png"):
+        with Image.open(path) as image:
+            assert image.size[0] * image.size[1] <= 64 * 64
+            assert not image.size[0] % 16
+            assert not image.size[1] % 16
+    assert "slp" in (staged / "images" / "00002.json").read_text()
+    (run,) = results(tmp_path).runs
+    assert run.configuration is not None
+    spec = run.configuration.spec
+    assert spec["dataset"]["path"] == "<bench>/data/images"
+    assert spec["dataset"]["trigger_word"] is None
+
+
+def test_what_one_trainer_does_not_do_takes_its_common_value_and_what_stays_different_is_listed(
+    bench: Any, tmp_path: Path
+) -> None:
+    code, said = bench("--backends", "swift,steady", "--seeds", "0")
+    assert code == 0, said
+    told = results(tmp_path)
+    specs = {run.key: run.configuration.spec for run in told.runs if run.configuration}
+    # steady doesn't clip: in the matched tier nobody does, in the other each as the spec says.
+    assert specs["matched/spec/swift/0/0"]["train"]["max_grad_norm"] == 0
+    assert specs["best-effort/spec/swift/0/0"]["train"]["max_grad_norm"] == 1
+    assert "steady" in told.protocol.changed["train.max_grad_norm"]
+    (left,) = told.inequalities["matched/spec"]
+    assert (left.path, left.backends) == ("train.warmup_steps", {"swift": "exact", "steady": "defaulted: always 5"})
+    assert [each.path for each in told.inequalities["best-effort/spec"]] == [
+        "train.warmup_steps",
+        "train.max_grad_norm",
+    ]
+
+
+def test_every_kind_of_failure_is_a_row_with_its_reason_and_the_others_go_on(bench: Any, tmp_path: Path) -> None:
+    names = "greedy,broken,endless,inexact,absent,lazy,wide,swift"
+    code, said = bench(
+        "--backends", names, "--tiers", "matched", "--seeds", "0", "--time-limit", "4", "--held-out", "0"
+    )
+    assert code == 0, said
+    rows = by_backend(tmp_path)
+    reasons = {name: run.failure.reason for name, run in rows.items() if run.failure}
+    assert reasons == {
+        "greedy": "out-of-memory",
+        "broken": "error",
+        "endless": "time-out",
+        "inexact": "refused",
+        "absent": "not-ready",
+    }
+    assert rows["inexact"].failure is not None
+    assert rows["inexact"].failure.message == "train.batch_size = 1: approximated: in parts"
+    assert rows["broken"].failure is not None
+    assert "the card is on fire" in rows["broken"].failure.message
+    assert rows["broken"].work is not None
+    assert rows["broken"].work.steps == 2
+    assert rows["endless"].total_s >= 4
+    child = int((tmp_path / "out" / "rows" / "matched-spec-endless-0-0" / "child.pid").read_text())
+    assert not psutil.pid_exists(child)
+    for name, difference in {"lazy": "5 optimizer steps instead of 6", "wide": "2 trained modules"}.items():
+        work = rows[name].work
+        assert work is not None
+        assert any(difference in text for text in work.differs), work
+    assert rows["swift"].status == "ok"
+
+
+def test_a_bench_goes_on_where_it_was_and_only_what_is_asked_for_is_run_again(bench: Any, tmp_path: Path) -> None:
+    options = ("--backends", "swift,broken", "--tiers", "matched", "--seeds", "0")
+    code, said = bench(*options, "--session-limit", "0")
+    assert code == 0, said
+    assert "The session's time is up" in said
+    before = results(tmp_path)
+    assert [run.key for run in before.runs] == ["matched/spec/swift/0/0"]
+    assert not before.complete
+    code, said = bench(*options, "--dry-run")
+    assert "matched/spec/swift/0/0: done" in said
+    assert "matched/spec/broken/0/0: to run, time not known yet" in said
+    code, said = bench(*options)
+    assert "matched/spec/swift/0/0: there already" in said
+    after = results(tmp_path)
+    assert after.complete
+    assert after.created == before.created
+    assert after.runs[0] == before.runs[0]
+    code, said = bench(*options, "--retry")
+    again = results(tmp_path)
+    assert again.runs[0] == before.runs[0]
+    assert again.runs[1].started > after.runs[1].started
+
+
+def test_another_spec_or_other_settings_are_refused_by_name_and_nothing_is_lost(
+    bench: Any, spec_file: Path, tmp_path: Path
+) -> None:
+    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0", "--held-out", "0")
+    bench(*options)
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    code, said = bench(*options, "--repeats", "2")
+    assert code == 3
+    assert "repeats was 1 and is 2 now" in said
+    spec_file.write_text(spec_file.read_text().replace("rank: 4", "rank: 8"))
+    code, said = bench(*options)
+    assert code == 3
+    assert "the spec's lora.rank" in said
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_a_dry_run_writes_nothing_and_tells_refusals_before_anything_is_started(bench: Any, tmp_path: Path) -> None:
+    code, said = bench("--backends", "swift,inexact", "--seeds", "0", "--dry-run", "--json")
+    assert code == 0, said
+    told = json.loads(said)
+    assert [(row["key"], row["state"]) for row in told["rows"]] == [
+        ("matched/spec/swift/0/0", "to run"),
+        ("matched/spec/inexact/0/0", "refused"),
+        ("best-effort/spec/swift/0/0", "to run"),
+        ("best-effort/spec/inexact/0/0", "to run"),
+    ]
+    assert told["at_most_s"] == 3 * 3600
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backends", "swfit"], "Did you mean 'swift'"),
+        (["--profiles", "fp9"], "--profiles: 'fp9' is not known"),
+        (["--tiers", "best"], "--tiers: 'best' is not known"),
+        (["--seeds", "a"], "--seeds: 'a' is not a list"),
+        (["--seeds", "1,1"], "--seeds: each only once"),
+        (["--card", "5gb"], "--card: '5gb' is not known"),
+        (["--warm-up", "6"], "--warm-up 6 leaves no step of 6"),
+        (["--for", "swift"], "write it as BACKEND:FIELD=VALUE"),
+        (["--for", "native:train.steps=3"], "--for: 'native' is not known"),
+        (["--part", "3/2"], "--part '3/2'"),
+        (["--on", "cloud"], "--on: 'cloud' is not known"),
+        (["--for", "swift:train.stps=3", "--dry-run"], "train.stps"),
+    ],
+)
+def test_a_wrong_option_is_told_with_what_would_be_right(
+    bench: Any, tmp_path: Path, options: list[str], message: str
+) -> None:
+    code, said = bench(*(["--backends", "swift"] if "--backends" not in options else []), *options)
+    assert code == 3, said
+    assert message in " ".join(said.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_field_can_be_set_for_one_trainer_alone(bench: Any, tmp_path: Path) -> None:
+    code, said = bench(
+        *("--backends", "swift,steady", "--tiers", "best-effort", "--seeds", "0", "--held-out", "0"),
+        *("--for", "swift:backend.options.fast=true"),
+    )
+    assert code == 0, said
+    options = {
+        run.backend: run.configuration.spec["backend"]["options"] for run in results(tmp_path).runs if run.configuration
+    }
+    assert options == {"swift": {"fast": True}, "steady": {}}
+
+
+def test_the_overhead_of_going_through_us_is_measured_once_for_each_trainer(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraport_bench.run_cli.OVERHEAD_PAIRS", 2)
+    code, said = bench("--backends", "swift", "--seeds", "0", "--held-out", "0", "--overhead")
+    assert code == 0, said
+    first, second = results(tmp_path).runs
+    assert second.overhead is None
+    overhead = first.overhead
+    assert overhead is not None
+    assert overhead.pairs == 2
+    # On a machine with other work only roughly: a step waits 10 ms, whoever started it.
+    assert 0.01 <= overhead.step_median_s < 0.05
+    assert abs(overhead.step_share) < 0.5
+    assert abs(overhead.run_extra_s) < 5
+
+
+def test_one_run_at_a_time_is_measured_on_a_machine(bench: Any, tmp_path: Path) -> None:
+    import fcntl
+
+    with open(tmp_path / "machine.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 1, row x")
+        lock.flush()
+        code, said = bench("--backends", "swift", "--tiers", "matched", "--seeds", "0")
+    assert code == 7
+    assert "measuring already (process 1, row x)" in said
+
+
+def test_a_killed_bench_leaves_no_trainer_and_is_gone_on_with(bench: Any, spec_file: Path, tmp_path: Path) -> None:
+    options = ("--backends", "endless", "--tiers", "matched", "--seeds", "0", "--steps", "6", "--warm-up", "2")
+    command = [
+        sys.executable,
+        "-m",
+        "loraport.cli.main",
+        "bench",
+        str(spec_file),
+        "-o",
+        str(tmp_path / "out"),
+        *options,
+    ]
+    child_file = tmp_path / "out" / "rows" / "matched-spec-endless-0-0" / "child.pid"
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not (child_file.exists() and child_file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child = int(child_file.read_text())
+        os.kill(process.pid, number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == code, said
+        while psutil.pid_exists(child) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not psutil.pid_exists(child)
+        assert not (tmp_path / "out" / "rows" / "matched-spec-endless-0-0" / "run.json").exists()
+        child_file.unlink(missing_ok=True)
+        assert number != signal.SIGINT or "goes on" in said

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from small_datasets import CAPTION, compact, write_image, write_pair
 from typer.testing import CliRunner
 
 from loraport.cli.main import build_app
+from loraport.plugins import GROUP, Plugins
+from loraport_dataset.tokens import token_counter
 
 BROKEN = {"high_level_description": "A dog."}
 SMALL = ("--resolution", "64")
@@ -224,6 +227,41 @@ def test_names_cannot_move_the_cursor_and_json_holds_them_as_they_are(tmp_path: 
     assert r"a\x1b[2J\n.json" in out
     found = json.loads(run("dataset", "check", tmp_path, *SMALL, "--json")[1])["findings"]
     assert "a\x1b[2J\n.json" in [one["file"] for one in found]
+
+
+def test_rules_that_could_not_be_registered_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_a_plugin.py").write_text(
+        "from loraport.hookspecs import hookimpl\n@hookimpl\ndef register_rules(register):\n    register(object)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    installed = Plugins([*entry_points(group=GROUP), EntryPoint("half", "half_a_plugin", GROUP)])
+    monkeypatch.setattr("loraport.plugins.plugins", lambda: installed)
+    write_pair(tmp_path / "set", "a.png")
+    code, out, _ = run("dataset", "check", tmp_path / "set", *SMALL)
+    assert code == 4
+    assert "The rule of the plugin half failed and was left out: register_rules: TypeError" in out
+
+
+def test_the_rules_of_a_family_come_by_a_plugin_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = Plugins([point for point in entry_points(group=GROUP) if point.name != "ideogram4_rules"])
+    monkeypatch.setattr("loraport.plugins.plugins", lambda: installed)
+    write_pair(tmp_path, "a.png", BROKEN)
+    assert run("dataset", "check", tmp_path, *SMALL)[0] == 0
+
+
+def test_captions_are_counted_by_the_tokenizer_of_a_local_checkpoint(tmp_path: Path) -> None:
+    from loraport_native.tiny import write_tiny
+
+    checkpoint = write_tiny(tmp_path / "tiny", "official")
+    write_pair(tmp_path / "set", "a.png", {**CAPTION, "high_level_description": "A dog runs in the rain. " * 100})
+    spec = write_spec(tmp_path, "{path: set, resolution: 64, max_text_tokens: 100}")
+    code, out, _ = run("check", spec, "--set", f"model.checkpoint={checkpoint}")
+    assert code == 4
+    found = re.search(r"a\.json: ([\d,]+) tokens; the limit is 100\.", out)
+    assert found
+    count = token_counter(str(checkpoint)).count((tmp_path / "set" / "a.json").read_text())
+    assert int(found[1].replace(",", "")) == count
+    assert f"Caption lengths: counted by the tokenizer of {checkpoint}." in out
 
 
 def command(*arguments: object) -> list[str]:

@@ -48,6 +48,9 @@ def check(
 
     chosen = list(plugins().rules().values() if rules is None else rules)
     report = Report()
+    for plugin, reason in plugins().failures().items():
+        if reason.startswith("register_rules"):  # else nobody would miss its rules
+            report.broken_rules[f"of the plugin {plugin}"] = reason
     for source in sources:
         _Check(source, chosen, pixels, report, sink).run(progress)
     return report

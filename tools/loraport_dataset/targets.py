@@ -33,11 +33,14 @@ TriggerWordOfFolder = Annotated[str | None, typer.Option("--trigger-word", help=
 def read_target(target: Path, said: Said, overrides: list[str] | None) -> tuple[list[Source], TrainSpec | None]:
     """The datasets of a folder, with what is said of it, or of a spec, which comes with them.
 
-    Raises SpecError for options of the one given for the other, and what `read_spec_sources` and `folder_source` raise.
+    Raises DataError where there is neither, SpecError for options of the one given for the other, and what
+    `read_spec_sources` and `folder_source` raise.
     """
-    from loraport.errors import SpecError
+    from loraport.errors import DataError, SpecError
     from loraport_dataset.sources import Said, folder_source
 
+    if not target.exists():
+        raise DataError(f"There is no folder and no spec {target}.", hint="Name a folder of images, or a spec (YAML).")
     if not target.is_dir():
         if said != Said():
             raise SpecError("The options of a folder are given for a spec.", hint="Change it with --set instead.")

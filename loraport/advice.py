@@ -288,7 +288,8 @@ def _steps_dict(advice: Steps, images: int | None) -> dict[str, Any]:
 
 def _measured(row: Measurement) -> str:
     told = f"in {row.source}, " if row.dataset is not None else ""
-    told += f"{row.date}, {row.resolution} px, {row.text_tokens} text tokens"
+    told += f"{row.date}, {row.resolution} px"
+    told += f", {row.text_tokens} text tokens" if row.text_tokens else ""
     return told + (f", batch {row.batch_size}" if row.batch_size > 1 else "")
 
 

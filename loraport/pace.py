@@ -71,7 +71,7 @@ def pace(
     spec, the one is taken that had nearest to as many tokens; of equal ones, first the same optimizer, then the nearest
     rank, then the newest. sample: None where the dataset is not known; it is then taken to be like the measured one's.
     """
-    unlike = _unlike_the_released_model(spec, family)
+    unlike = unlike_the_released_model(spec, family)
     if unlike:
         return Unmeasured(unlike)
     rows = [row for row in measurements if (row.family, row.backend) == (family.name, backend)]
@@ -95,7 +95,8 @@ def pace(
     return Pace(seconds, row, scaled, _differences(spec, row))
 
 
-def _unlike_the_released_model(spec: TrainSpec, family: Family) -> str | None:
+def unlike_the_released_model(spec: TrainSpec, family: Family) -> str | None:
+    """Why a spec's checkpoint tells nothing of the times of the family's own; None when it does."""
     from pathlib import Path
 
     from loraport.errors import DataError

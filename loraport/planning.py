@@ -73,6 +73,7 @@ class Plan:
     command: list[str]
     env: dict[str, str]
     memory: Forecast | None = None  #: the device memory it will take, of a backend that predicts it
+    card: str | None = None  #: the card of this machine that it was made for; of several, the smallest
 
     def not_exact(self) -> list[Verdict]:
         """The verdicts `--strict` stops at."""
@@ -105,6 +106,7 @@ class Plan:
             "command": self.command,
             "env": self.env,
             "memory": None if self.memory is None else self.memory.to_dict(),
+            "card": self.card,
         }
 
 
@@ -180,7 +182,7 @@ def _with_sets(spec: TrainSpec, verdicts: dict[str, Verdict]) -> dict[str, Verdi
 
 def _shown(spec: TrainSpec, path: str) -> Any:
     """The value as a verdict tells it: of the sets, where they are."""
-    return [one.path for one in spec.dataset.sets] if path == SETS else value_at(spec, path)
+    return [str(one.path) for one in spec.dataset.sets] if path == SETS else value_at(spec, path)
 
 
 def make_plan(spec: TrainSpec, backend: Any, run_dir: Path, resume: bool = False) -> Plan:

@@ -35,9 +35,9 @@ class Measurement:
     gpus: int
     memory: dict[str, str]  #: each of `STEP_FIELDS`
     step_s: float  #: median seconds a step
-    peak_allocated_gib: float
-    peak_reserved_gib: float
     source: str  #: file under docs/benchmarks, or a run folder
+    peak_allocated_gib: float | None = None  #: None where it was not measured
+    peak_reserved_gib: float | None = None
     #: of a run: `loraport.pace.dataset_key`, as its images were of many sizes; else all were of `resolution`
     dataset: str | None = None
 

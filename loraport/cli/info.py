@@ -93,7 +93,7 @@ def _show_hardware(profiles: list[Profile], forecasts: dict[str, Forecast | None
             f"  {profile.name}",
             f"{profile.description}\n[dim]{_settings(profile)}[/]",
             "–" if forecast is None else f"{forecast.footprint.peak.gib:.1f}",
-            "\n".join(f"{row.peak_allocated_gib:.1f}" for row in profile.measured) or "–",
+            "\n".join(_gib(row.peak_allocated_gib) for row in profile.measured) or "–",
             "\n".join(f"{row.step_s:.2f}" for row in profile.measured) or "–",
             "\n".join(_where(row) for row in profile.measured),
         )
@@ -103,6 +103,10 @@ def _show_hardware(profiles: list[Profile], forecasts: dict[str, Forecast | None
         f"The most that torch allocates, at {_RESOLUTION} px, rank {_RANK} and batch 1 where nothing else is said: "
         "predicted in the fullest phase of a run, measured in its training, at full size with random weights."
     )
+
+
+def _gib(measured: float | None) -> str:
+    return "–" if measured is None else f"{measured:.1f}"
 
 
 def _where(row: Measurement) -> str:

@@ -169,7 +169,7 @@ def _plan(spec: TrainSpec, backend: str, run_dir: Path, resume: bool) -> Plan:
     check_family(resolved, plugins().families())
     made = make_plan(resolved, chosen, run_dir, resume)
     card = min(cards()[: resolved.train.gpus], key=lambda card: card.memory_gib, default=None)
-    return replace(made, memory=forecast(resolved, chosen, profiles, card))
+    return replace(made, memory=forecast(resolved, chosen, profiles, card), card=None if card is None else card.name)
 
 
 def _whole(spec: TrainSpec, backend: str) -> TrainSpec:

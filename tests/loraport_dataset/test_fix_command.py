@@ -144,6 +144,19 @@ def test_boxes_in_pixels_with_x_first_are_recognised_from_the_whole_set(tmp_path
     assert files(tmp_path / "again") == files(tmp_path / "out")
 
 
+def test_boxes_that_could_be_x_or_y_first_stay_until_it_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    for number in range(6):
+        add(folder, str(number), with_box([100 * number, 100 * number, 2000, 1900]), (2000, 2000))
+    code, told = run(folder, "-o", tmp_path / "out")
+    assert code == 4
+    assert "the whole set: error [bbox-convention]" in told
+    assert "--boxes xy-corners-pixels or --boxes yx-corners-pixels" in told
+    assert files(tmp_path / "out") == files(folder)
+    code, told = run(folder, "-o", tmp_path / "other", "--boxes", "yx-corners-pixels")
+    assert (code, box(tmp_path / "other/1.json")) == (0, [50, 50, 1000, 950])
+
+
 def test_a_convention_that_is_named_is_taken(tmp_path: Path) -> None:
     add(tmp_path / "set", "a", with_box([100, 200, 300, 400]))
     assert run(tmp_path / "set", "-o", tmp_path / "out", "--boxes", "xy-corners-thousandths")[0] == 0

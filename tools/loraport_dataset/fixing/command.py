@@ -57,10 +57,10 @@ def add_commands(app: typer.Typer) -> None:
 
         place = _place(out, in_place, dry_run)
         setting = read_setting(folder, family, caption_ext, trigger_word)
-        convention, why = _convention(boxes, folder, setting)
-        if why and not as_json:
-            typer.echo(why)
         report = Report()
+        convention = _convention(boxes, folder, setting, report)
+        if convention is not None and not as_json:
+            typer.echo(f"All boxes are read as {report.boxes}.")
         results = fix_dataset(folder, setting, convention)
         for fixed in _written(results, folder, out, place, images):
             report.add(fixed)
@@ -68,8 +68,7 @@ def add_commands(app: typer.Typer) -> None:
                 _show(fixed)
         if as_json:
             written = {"out": str(out) if place == "out" else str(folder) if place == "in-place" else None}
-            boxes_read_as = None if convention is None else str(convention)
-            typer.echo(json.dumps({**report.as_json(), "boxes_read_as": boxes_read_as, **written}, indent=2))
+            typer.echo(json.dumps({**report.as_json(), **written}, indent=2))
         else:
             _tell(report, folder, out, place, diffs)
         if report.errors:
@@ -94,21 +93,26 @@ def _place(out: Path | None, in_place: bool, dry_run: bool) -> Place:
     return "in-place" if in_place else "out"
 
 
-def _convention(name: str, folder: Path, setting: Setting) -> tuple[Convention | None, str]:
-    """The convention that boxes are read in, and what to tell of it."""
+def _convention(name: str, folder: Path, setting: Setting, report: Report) -> Convention | None:
+    """The convention that boxes are read in; None to leave them as they are. The report hears of it."""
     from loraport.errors import SpecError, unknown
     from loraport_dataset.boxes import CONVENTIONS, OFFICIAL
     from loraport_dataset.fixing.dataset import recognise_boxes
 
-    if name == "auto":
-        found = recognise_boxes(folder, setting)
-        if found is None:
-            return None, ""
-        return found.convention, f"All boxes are read as {found.convention}: {found.evidence}."
     named = {"official": OFFICIAL} | {f"{one.order}-{one.form}-{one.unit}": one for one in CONVENTIONS}
-    if name not in named:
-        raise SpecError(unknown("--boxes:", name, ["auto", *named]))
-    return named[name], f"All boxes are read as {named[name]}, as you say."
+    if name != "auto":
+        if name not in named:
+            raise SpecError(unknown("--boxes:", name, ["auto", *named]))
+        report.boxes = f"{named[name]}, as you say"
+        return named[name]
+    found = recognise_boxes(folder, setting)
+    if found is None:
+        return None
+    if not found.is_certain:
+        report.add_undecided_boxes(found)
+        return None
+    report.boxes = f"{found.convention}: {found.evidence}"
+    return found.convention
 
 
 def _written(

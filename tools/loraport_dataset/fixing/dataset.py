@@ -37,6 +37,7 @@ class Recognised:
 
     convention: Convention
     evidence: str
+    is_certain: bool = True  #: False where nothing tells whether x or y comes first; then `convention` has x first
 
 
 def recognise_boxes(root: Path, setting: Setting) -> Recognised | None:
@@ -47,7 +48,9 @@ def recognise_boxes(root: Path, setting: Setting) -> Recognised | None:
             caption = _decoded(image.caption, image, setting)
             statistics.see(parsed(caption, Changes())[0], image.size)
     convention = statistics.convention()
-    return None if convention is None else Recognised(convention, statistics.evidence(convention))
+    if convention is None:
+        return None
+    return Recognised(convention, statistics.evidence(convention), statistics.is_certain(convention))
 
 
 def fix_dataset(root: Path, setting: Setting, convention: Convention | None = None) -> Iterator[FixedImage]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from loraport.rules import Finding
 from loraport_dataset.findings import printable
-from loraport_dataset.fixing.dataset import FixedImage, is_plain
+from loraport_dataset.fixing.dataset import FixedImage, Recognised, is_plain
 
 _TOLD = 20
 _KEPT = 10_000
@@ -26,6 +26,7 @@ class Report:
     by_rule: Counter[str] = field(default_factory=Counter)
     changes: list[dict[str, str]] = field(default_factory=list)
     left: list[Finding] = field(default_factory=list)
+    boxes: str = ""  #: the convention that boxes were read in, and why
 
     def add(self, fixed: FixedImage) -> None:
         self.captions += fixed.fixed is not None
@@ -41,6 +42,14 @@ class Report:
             for change in fixed.fixed.changes[: _KEPT - len(self.changes)]:
                 self.changes.append({"file": fixed.image.caption.name, **asdict(change)})
 
+    def add_undecided_boxes(self, found: Recognised) -> None:
+        """Boxes of another convention that stay, as nothing tells whether x or y comes first."""
+        rest = f"{found.convention.form}-{found.convention.unit}"
+        message = f"All boxes are as in {found.convention}, or with y first ({found.evidence}); nothing tells which."
+        fix = f"They stay as they are; say which with --boxes xy-{rest} or --boxes yx-{rest}."
+        self.errors += 1
+        self.left.append(Finding("", "", "bbox-convention", "error", message, fix))
+
     def as_json(self) -> dict[str, Any]:
         return {
             "captions": self.captions,
@@ -48,6 +57,7 @@ class Report:
             "plain_text": self.plain,
             "errors_left": self.errors,
             "warnings_left": self.warnings,
+            "boxes_read_as": self.boxes or None,
             "changes": self.changes,
             "left": [asdict(finding) for finding in self.left],
         }
@@ -67,11 +77,8 @@ class Report:
             lines.append(f"Left for you, as it cannot be known what is meant: {total:,}")
             for finding in self.left[:_TOLD]:
                 place = f" {finding.json_path}:" if finding.json_path else ""
-                lines.append(
-                    printable(
-                        f"  {finding.file}:{place} {finding.severity} [{finding.rule}] {finding.message} {finding.fix}"
-                    )
-                )
+                said = f"{finding.severity} [{finding.rule}] {finding.message} {finding.fix}"
+                lines.append(printable(f"  {finding.file or 'the whole set'}:{place} {said}"))
             if total > _TOLD:
                 lines.append(f"  and {total - _TOLD:,} more; --json has them.")
         return lines

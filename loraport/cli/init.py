@@ -133,7 +133,8 @@ def propose(images_dir: Path, output: Path, name: str | None, card: Card | None)
     }
     spec = build_spec(content, base=output.absolute().parent, origin="The proposed spec").spec
     time, disk = _time_and_disk(spec, items, family)
-    notes["memory.profile"] += f" {time}"
+    if card is not None:
+        notes["memory.profile"] += f" {time}"
     return spec, notes | {"save.keep": disk}
 
 

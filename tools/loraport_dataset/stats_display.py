@@ -71,7 +71,11 @@ def _lines(stats: Stats) -> list[tuple[str, str]]:
     if tokens:
         lengths = f"{tokens['least']:,} to {tokens['most']:,} tokens, {tokens['median']:,} in the middle"
         found.append(("captions", f"{lengths}; {stats.source.tokens or 'estimated'}"))
-    boxes = {"things": stats.heat["obj"].boxes, "texts": stats.heat["text"].boxes, "unusable": stats.unusable_boxes}
+    boxes = {
+        "of things": stats.heat["obj"].boxes,
+        "of text": stats.heat["text"].boxes,
+        "unusable": stats.unusable_boxes,
+    }
     if any(boxes.values()):
         found.append(("boxes", ", ".join(f"{count:,} {what}" for what, count in boxes.items() if count)))
     colours = [colour for colour, _ in (stats.style_colours + stats.element_colours).most_common(6)]

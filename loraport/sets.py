@@ -5,8 +5,10 @@ Every backend asks here, so all of them train the same images with the same capt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 from loraport.caption_sources import caption_source
@@ -15,7 +17,8 @@ from loraport.errors import DataError
 from loraport.families import Family
 from loraport.spec.models import DatasetSection, TrainSpec
 
-#: How far a set's share of the samples may be from its weight's, relative to it.
+#: Repeats up to which shares are exact; beyond, they may be so far from the weights', relative to these.
+MOST_REPEATS = 1000
 TOLERANCE = 0.01
 #: Samples of an epoch, at most: its order is made anew each time.
 MOST_SAMPLES = 2_000_000
@@ -191,16 +194,20 @@ def repeats_of(sets: Sequence[ImageSet], images: Sequence[int]) -> list[int]:
 
 
 def whole_repeats(counts: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """The smallest whole repeats under which each set's share of count × repeats is within `TOLERANCE` of its weight's.
+    """The smallest whole repeats under which each set's share of count × repeats is its weight's; where one of them
+    would be above `MOST_REPEATS`, those under which each share is within `TOLERANCE` of it.
 
     counts: images (above 0) of each set; weights: above 0.
     """
     assert min(counts) > 0
     assert min(weights) > 0
-    ratios = [weight / count for count, weight in zip(counts, weights, strict=True)]
-    times: list[int] = []
+    exact = [Fraction(repr(weight)) / count for count, weight in zip(counts, weights, strict=True)]
+    whole = [int(each * math.lcm(*(one.denominator for one in exact))) for each in exact]
+    times = [each // math.gcd(*whole) for each in whole]
+    if max(times) <= MOST_REPEATS:
+        return times
     for base in range(1, round(2 / TOLERANCE)):  # rounding is off by 1/(2·base) at most, so that is always enough
-        times = [max(1, round(base * ratio / min(ratios))) for ratio in ratios]
+        times = [max(1, round(base * each / min(exact))) for each in exact]
         samples = [count * each for count, each in zip(counts, times, strict=True)]
         shares = [
             (each / sum(samples)) / (weight / sum(weights)) for each, weight in zip(samples, weights, strict=True)

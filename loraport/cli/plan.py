@@ -142,4 +142,6 @@ def _cell(verdict: Verdict) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "–"
     return "–" if value is None else str(value)

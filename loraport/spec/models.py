@@ -103,7 +103,8 @@ class ImageSetSection(Section):
 
     An epoch holds each image of a set `repeats` times. With `weight` instead, which all sets must then have, the share
     of an epoch's samples that come from a set is its weight over the sum of all weights, however many images the sets
-    have: each image is repeated a whole number of times, the smallest that come within 1 % of every share.
+    have: each image is repeated a whole number of times, the smallest that give the shares, or within 1 % of them
+    where one would be above 1000.
     """
 
     path: ImageFolder = Field(

@@ -157,7 +157,7 @@ def test_mirrored_images_count_towards_the_share(tmp_path: Path) -> None:
         max_size=6,
     )
 )
-def test_whole_repeats_come_within_a_hundredth_of_every_share(sets: list[tuple[int, float]]) -> None:
+def test_whole_repeats_are_exact_or_come_within_a_hundredth_of_every_share(sets: list[tuple[int, float]]) -> None:
     counts, weights = [count for count, _ in sets], [weight for _, weight in sets]
     times = whole_repeats(counts, weights)
     samples = [count * each for count, each in zip(counts, times, strict=True)]
@@ -168,7 +168,16 @@ def test_whole_repeats_come_within_a_hundredth_of_every_share(sets: list[tuple[i
 
 @pytest.mark.parametrize(
     ("counts", "weights", "repeats"),
-    [([10, 10], [1, 1], [1, 1]), ([5, 10], [1, 1], [2, 1]), ([7], [0.3], [1]), ([2, 3], [1, 1], [3, 2])],
+    [
+        ([10, 10], [1, 1], [1, 1]),
+        ([5, 10], [1, 1], [2, 1]),
+        ([7], [0.3], [1]),
+        ([2, 3], [1, 1], [3, 2]),
+        ([10, 3], [3, 1], [9, 10]),
+        ([10, 3], [0.3, 0.1], [9, 10]),
+        ([1, 1], [1e-05, 0.01], [1, 1000]),
+        ([997, 1009], [1, 1], [1, 1]),
+    ],
 )
 def test_repeats_are_the_smallest_that_do(counts: list[int], weights: list[float], repeats: list[int]) -> None:
     assert whole_repeats(counts, weights) == repeats

@@ -230,3 +230,21 @@ def test_it_does_the_same_work_as_the_native_trainer(small: Any, tmp_path: Path,
     theirs = work_of(result.folder, passes(result.folder))
     assert theirs.images == 4 * 2
     assert theirs == native_work(result.folder, tmp_path / "ours")
+
+
+def test_several_sets_are_the_same_work_as_the_native_trainers(small: Any, tmp_path: Path, pictures: Path) -> None:
+    general = tmp_path / "general"
+    general.mkdir()
+    for file in sorted(pictures.iterdir())[:2]:
+        (general / file.name).write_bytes(file.read_bytes())
+    sets = [
+        {"path": str(pictures), "weight": 2, "caption_dropout": 0.5, "trigger_word": "zork"},
+        {"path": str(general), "weight": 1, "resolution": 96, "regularization": True, "loss_weight": 0.5},
+    ]
+    result = train(small(dataset={"path": None, "sets": sets}), "diffsynth", tmp_path / "theirs")
+    rows = (result.folder / "backend" / "dataset" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    weights = [json.loads(row)["loss_weight"] for row in rows]
+    assert len(weights) == 4 * 2
+    assert set(weights) == {1.0, 0.5}
+    theirs = work_of(result.folder, passes(result.folder))
+    assert theirs == native_work(result.folder, tmp_path / "ours")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraport.disk import Contents, Disk, size_text
+from loraport.disk import Contents, Disk, PredictDisk, size_text
 from loraport.families import BYTES_PER_TOKEN
 from loraport.pace import Pace, Sample, Unmeasured, pace
 
@@ -191,7 +191,7 @@ def advise(
     from loraport.plugins import plugins
 
     family = check_family(spec, plugins().families())
-    predict = getattr(backend, "predict_disk", None)
+    predict: PredictDisk | None = getattr(backend, "predict_disk", None)
     contents = facts.contents if facts is not None else Contents(0, 0)
     return Advice(
         spec,

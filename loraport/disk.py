@@ -42,7 +42,9 @@ def checkpoints_at_once(steps: int, save: SaveSection) -> int:
 
 
 def size_text(count: float) -> str:
-    """Bytes as people say them: 340 MB, 4.1 GB."""
+    """Bytes as people say them: 12 kB, 0.6 MB, 340 MB, 4.1 GB."""
     if count >= 1e9:
         return f"{count / 1e9:.1f} GB"
+    if count < 1e5:
+        return f"{count / 1e3:.0f} kB"
     return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"

@@ -125,7 +125,7 @@ def test_the_disk_line_sums_cache_checkpoints_and_result(images: Path) -> None:
     backend = SimpleNamespace(name="other", predict_disk=lambda spec, contents: Disk(10_000_000, 3_000_000_000, 2_000))
     wanted = spec({"path": str(images)})
     line = advise(wanted, backend, look_at(wanted), None, []).disk_line()
-    assert line == "at most about 3.0 GB: cache 10 MB, checkpoints 3.0 GB, LoRA 0.0 MB."
+    assert line == "at most about 3.0 GB: cache 10 MB, checkpoints 3.0 GB, LoRA 2 kB."
     silent = SimpleNamespace(name="other")
     assert advise(wanted, silent, None, None, []).disk_line().startswith("not known")
 
@@ -138,7 +138,8 @@ def test_checkpoints_that_lie_on_disk_together(steps: int, every: int, keep: int
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0.0 MB"), (9_900_000, "9.9 MB"), (340e6, "340 MB"), (4.11e9, "4.1 GB")]
+    ("size", "text"),
+    [(0, "0 kB"), (12_300, "12 kB"), (600_000, "0.6 MB"), (9_900_000, "9.9 MB"), (340e6, "340 MB"), (4.11e9, "4.1 GB")],
 )
 def test_sizes_as_people_say_them(size: float, text: str) -> None:
     assert size_text(size) == text

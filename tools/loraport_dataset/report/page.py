@@ -38,7 +38,6 @@ class Bucket:
     images: int
     share: float  #: of the largest bucket's images
     cropped: float
-    most_cropped: float
     scale: float
 
     @property
@@ -130,7 +129,7 @@ def _tiles(stats: Stats) -> list[tuple[str, str]]:
     tiles = [("images", f"{stats.images:,}"), ("on disk", size_text(stats.bytes))]
     if stats.sizes:
         middle = spread(areas(stats.sizes).elements())
-        tiles.append(("median megapixels", f"{middle['median'] / 1e6:.1f}" if middle else "–"))
+        tiles.append(("median megapixels", f"{middle['median'] / 1e6:.2g}" if middle else "–"))
     tiles.append(("buckets" if len(stats.buckets) != 1 else "bucket", f"{len(stats.buckets):,}"))
     tokens = spread(stats.tokens)
     if tokens:
@@ -145,7 +144,7 @@ def _tiles(stats: Stats) -> list[tuple[str, str]]:
 def _buckets(stats: Stats) -> list[Bucket]:
     most = max((of.images for of in stats.buckets.values()), default=1)
     rows = [
-        Bucket(size, of.images, of.images / most, of.cropped / of.images, of.most_cropped, of.scale / of.images)
+        Bucket(size, of.images, of.images / most, of.cropped / of.images, of.scale / of.images)
         for size, of in stats.buckets.items()
     ]
     return sorted(rows, key=lambda row: (-row.images, row.size))

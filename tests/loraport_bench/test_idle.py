@@ -1,0 +1,87 @@
+"""Before a run: the card is idle, and nobody else measures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fake_driver import Driver
+
+from loraport.errors import BackendError, RunFolderError
+from loraport_bench.idle import alone_on_machine, machine, wait_until_idle
+
+HOLDER = """
+import sys, time
+from loraport_bench.idle import alone_on_machine
+with alone_on_machine("a run of mine", wait=False):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver()
+    monkeypatch.setitem(sys.modules, "pynvml", made)
+    monkeypatch.setattr("loraport_bench.idle._POLL", 0.01)
+    return made
+
+
+def test_the_machine_is_described_with_its_card(driver: Driver) -> None:
+    told = machine()
+    assert (told.card, told.driver, told.compute_capability, told.cards) == ("Fake Card", "999.1", (9, 0), 1)
+    assert told.cores >= 1
+    assert told.memory_bytes > 10**8
+    assert told.processor
+
+
+def test_a_card_that_becomes_idle_is_waited_for(driver: Driver) -> None:
+    driver.used, driver.percent = 4 * 2**30, 90
+
+    def finish() -> None:
+        time.sleep(0.2)
+        driver.percent = 0
+        driver.used = 5 * 2**20
+
+    thread = threading.Thread(target=finish)
+    thread.start()
+    idle = wait_until_idle(1, patience=10)
+    thread.join()
+    assert idle is not None
+    assert idle.waited_s >= 0.15
+    assert (idle.utilisation_percent, idle.used_bytes, idle.processes) == (0, 5 * 2**20, 0)
+
+
+def test_a_card_that_stays_busy_is_refused_unless_that_is_wanted(driver: Driver) -> None:
+    driver.used, driver.processes = 4 * 2**30, {1: 4 * 2**30}
+    with pytest.raises(BackendError, match=r"not idle: 0 % in use, 4\.0 GiB taken, by 1 processes"):
+        wait_until_idle(1, patience=0.05)
+    idle = wait_until_idle(1, patience=0.05, insist=False)
+    assert idle is not None
+    assert idle.processes == 1
+
+
+def test_the_lock_is_held_against_other_processes_and_given_back_when_one_is_killed(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, "60"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(RunFolderError, match="a run of mine"), alone_on_machine("another", wait=False):
+        pass
+    process.kill()
+    process.wait()
+    with alone_on_machine("another", wait=False):
+        pass
+
+
+def test_a_queue_waits_for_the_lock(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, "0.3"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    started = time.monotonic()
+    with alone_on_machine("another", wait=True):
+        assert time.monotonic() - started > 0.05
+    process.wait()

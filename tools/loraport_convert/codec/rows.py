@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from loraport.lora.bits import same_bits
 from loraport.lora.canonical import Array, Factors, LoHa, LoKr, LowRank, Tucker
 from loraport.lora.stacked import Full, Part, Stacked
 
@@ -201,7 +202,7 @@ def scaled(array: Array, ratio: float) -> Array:
 def _same(one: Array | None, other: Array | None) -> bool:
     if one is None or other is None:
         return one is other
-    return one is other or (one.dtype == other.dtype and np.array_equal(one, other))
+    return one is other or same_bits(one, other)
 
 
 def _disjoint(parts: Sequence[Part]) -> bool:

@@ -106,6 +106,29 @@ def test_the_page_names_its_parts_for_those_who_do_not_see_it(tmp_path: Path) ->
     assert all(after - before <= 1 for before, after in pairwise(headings))
 
 
+def luminance(colour: str) -> float:
+    """WCAG 2.2, relative luminance."""
+    if len(colour) == 4:
+        colour = "#" + "".join(2 * digit for digit in colour[1:])
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_text_stands_out_from_what_is_behind_it() -> None:
+    style = Path(charts.__file__).with_name("style.css").read_text()
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]+);", style))
+    for name in ("ink", "muted", "accent", "error", "warning", "good"):
+        assert contrast(colours[name], colours["paper"]) >= 4.5
+        assert contrast(colours[name], colours["ground"]) >= 4.5
+    assert all(contrast(colour, "#ffffff") >= 4.5 for colour in contact.COLOURS)
+
+
 def test_what_people_wrote_is_text_and_never_markup(tmp_path: Path) -> None:
     text = made(evil_dataset(tmp_path / "set"), tmp_path / "report.html")
     page = Parsed(text)

@@ -60,15 +60,16 @@ class Chapter:
     heat_maps: list[tuple[str, int, float, Markup]]  #: heading, boxes, mean share of the picture, plot
     pictures: list[Thumbnail]
     measured: list[tuple[str, float]]
+    measured_pictures: int
     named: list[tuple[str, list[tuple[str, int]], int]]  #: heading, colours with counts, colours in all
 
 
-def render(stats: list[Stats], report: Report, advice: Advice | None, title: str, now: float | None = None) -> str:
-    """The whole page. Thumbnails are made here, one image at a time; `now`: seconds since 1970."""
+def render(stats: list[Stats], report: Report, advice: Advice | None, title: str) -> str:
+    """The whole page. Thumbnails are made here, one image at a time."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {"box_colour": colour, "size_text": size_text}
+    environment.globals["box_colour"] = colour
     sheet = ContactSheet()
     chapters = [chapter(each, sheet) for each in stats[:MOST_SETS]]
     text = environment.from_string(_file("page.html.jinja")).render(
@@ -76,7 +77,7 @@ def render(stats: list[Stats], report: Report, advice: Advice | None, title: str
         mark=Markup(MARK),
         style=Markup(_file("style.css")),
         version=importlib.metadata.version("loraport"),
-        made=time.strftime("%Y-%m-%d %H:%M", time.localtime(now)),
+        made=time.strftime("%Y-%m-%d %H:%M"),
         images=sum(each.images for each in stats),
         chapters=chapters,
         all_sets=stats,
@@ -117,6 +118,7 @@ def chapter(stats: Stats, sheet: ContactSheet) -> Chapter:
         ],
         pictures=pictures,
         measured=dominant_colours(pixels),
+        measured_pictures=len(pixels),
         named=[(head, _most(colours), len(colours)) for head, colours in named if colours],
     )
 

@@ -126,18 +126,19 @@ class Advice:
         from loraport.run.eta import duration
 
         if isinstance(self.pace, Unmeasured):
-            return f"not known: {self.pace.reason}. A run tells it after its first steps; plans after it do too."
+            later = ", and plans after it do too" if self.pace.run_helps else ""
+            return f"not known: {self.pace.reason}. A run tells it after its first steps{later}."
         assert self.seconds is not None
-        of = self.pace.measured
-        told = (
-            f"about {duration(self.seconds)} for {self.spec.train.steps:,} steps on {of.card}, from {of.step_s:.3g} s "
-        )
-        told += f"a step measured there ({_measured(of)})"
-        told += (
-            f", times {self.pace.scaled:.2f} as that many tokens pass here" if round(self.pace.scaled, 2) != 1 else ""
-        )
-        told += f"; it had {', '.join(self.pace.differs)}" if self.pace.differs else ""
-        return f"{told}. Loading, caching and compiling come on top."
+        of, train = self.pace.measured, self.spec.train
+        told = [f"about {duration(self.seconds)} for {train.steps:,} steps on {of.card}"]
+        told.append(f"from {of.step_s:.3g} s a step measured there ({_measured(of)})")
+        if round(self.pace.scaled, 2) != 1:
+            told.append(f"times {self.pace.scaled:.2f} as that many tokens pass here")
+        if train.gradient_accumulation > 1:
+            told.append(f"times {train.gradient_accumulation} for the passes of a step")
+        if self.pace.differs:
+            told.append(f"though it had {', '.join(self.pace.differs)}")
+        return f"{', '.join(told)}. Loading, caching and compiling come on top."
 
     def disk_line(self) -> str:
         disk = self.disk

@@ -55,6 +55,7 @@ class Unmeasured:
     """No time can be told, and why."""
 
     reason: str
+    run_helps: bool = False  #: whether a run of this spec here is a measurement for those after it
 
 
 def pace(
@@ -76,7 +77,9 @@ def pace(
         return Unmeasured(unlike)
     rows = [row for row in measurements if (row.family, row.backend) == (family.name, backend)]
     if not rows:
-        return Unmeasured(f"no training of {family.title} with {backend} has been measured")
+        if card is None:
+            return Unmeasured("this machine has no NVIDIA card")
+        return Unmeasured(f"no training of {family.title} with {backend} has been measured", run_helps=True)
     memory = {name: getattr(spec.memory, name) for name in STEP_FIELDS}
     rows = [row for row in rows if (row.memory, row.gpus) == (memory, spec.train.gpus)]
     where = f"; with these memory settings it was measured on {', '.join(sorted({row.card for row in rows}))}"
@@ -85,10 +88,10 @@ def pace(
     if not rows:
         told = ", ".join(f"{name}: {value}" for name, value in memory.items())
         gpus = f" and {spec.train.gpus} GPUs" if spec.train.gpus > 1 else ""
-        return Unmeasured(f"no training with these memory settings{gpus} has been measured ({told})")
+        return Unmeasured(f"no training with these memory settings{gpus} has been measured ({told})", run_helps=True)
     here = [row for row in rows if row.card == card.name]
     if not here:
-        return Unmeasured(f"nothing was measured on {card.name}{where}")
+        return Unmeasured(f"nothing was measured on {card.name}{where}", run_helps=True)
     scales = [(_scale(spec, family, sample, row), row) for row in here]
     scaled, row = min(scales, key=lambda each: _distance(spec, *each))
     seconds = row.step_s * scaled * spec.train.gradient_accumulation

@@ -105,7 +105,7 @@ def test_the_time_says_what_was_measured_and_what_was_scaled(images: Path) -> No
     assert advice.seconds == pytest.approx(100 * row.step_s * (32**2 + 10) / (64**2 + 512))
     line = advice.time_line()
     assert f"from {row.step_s:.3g} s a step measured there ({row.date}, 1024 px, 512 text tokens)" in line
-    assert "times 0.22 as that many tokens pass here; it had rank 32" in line
+    assert "times 0.22 as that many tokens pass here, though it had rank 32" in line
     own = replace(row, source="runs/one", dataset="another")
     assert "(in runs/one, " in advise(wanted, BACKEND, look_at(wanted), Card(row.card, 140, (9, 0)), [own]).time_line()
     told = advice.to_dict()["time"]
@@ -117,6 +117,9 @@ def test_without_a_measurement_the_time_line_says_so_and_gives_no_number(images:
     wanted = spec({"path": str(images)})
     advice = advise(wanted, BACKEND, look_at(wanted), None, plugins().measurements())
     assert advice.time_line().startswith("not known: ")
+    assert advice.time_line().endswith("A run tells it after its first steps.")
+    helped = advise(wanted, BACKEND, look_at(wanted), Card("New", 24, (8, 9)), plugins().measurements())
+    assert helped.time_line().endswith("A run tells it after its first steps, and plans after it do too.")
     assert advice.seconds is None
     assert advice.to_dict()["time"]["seconds"] is None
 

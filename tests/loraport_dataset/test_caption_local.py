@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -115,6 +116,15 @@ def test_what_is_no_vision_model_is_told_with_what_to_do(dataset: Path, tmp_path
     assert code == 5
     assert f"{folder} cannot be used as a vision model: " in told
     assert ("Nothing is downloaded here" in told) == (what == "missing")
+
+
+def test_a_model_that_fails_over_a_picture_is_told_without_a_traceback(checkpoint: Path, dataset: Path) -> None:
+    broken = dataset.parent / "broken"
+    shutil.copytree(checkpoint, broken)
+    (broken / "chat_template.jinja").write_text("{{ raise_exception('no pictures, please') }}")
+    code, told = run(dataset, broken)
+    assert code == 5
+    assert "cannot describe a picture: no pictures, please" in told
 
 
 def test_a_missing_package_is_named_with_the_command_that_brings_it(

@@ -90,4 +90,4 @@ def _tell(counts: dict[str, int], problems: list[Finding], place: Path) -> None:
         typer.echo(printable(f"  {problem.file}:{place_in_it} {said}"))
     if len(problems) > _TOLD:
         typer.echo(f"  and {len(problems) - _TOLD:,} more; --json has them.")
-    typer.echo(f"Wrote {place}; look over it with: loraport dataset check {place}")
+    typer.echo(printable(f"Wrote {place}; look over it with: loraport dataset check {place}"))

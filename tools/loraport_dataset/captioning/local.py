@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, StoppingCriteria
 from transformers.utils import logging
 
-from loraport.errors import BackendError, OutOfMemoryError
+from loraport.errors import BackendError, LoraPortError, OutOfMemoryError
 from loraport_dataset.captioning.answers import Answer, Message, Refused
 
 _TALKER = "Take a model that was made to be talked with."
@@ -59,7 +59,8 @@ class LocalModel:
         self._stop.set()
 
     async def answer(self, messages: list[Message], schema: dict[str, Any] | None) -> Answer:
-        """Raises Refused where the grammar leaves no token, OutOfMemoryError where the answer doesn't fit."""
+        """Raises Refused where the grammar leaves no token, OutOfMemoryError where the answer doesn't fit, BackendError
+        for a model that cannot do this."""
         try:
             return await asyncio.to_thread(self._generate, messages, schema)
         except asyncio.CancelledError:
@@ -67,25 +68,33 @@ class LocalModel:
             raise
 
     def _generate(self, messages: list[Message], schema: dict[str, Any] | None) -> Answer:
-        pictures = [Image.open(io.BytesIO(message.picture)) for message in messages if message.picture is not None]
-        prompt = self._processor.apply_chat_template(_turns(messages), add_generation_prompt=True, tokenize=False)
-        inputs = self._processor(images=pictures, text=[prompt], return_tensors="pt").to(self._device)
-        if torch.is_floating_point(inputs["pixel_values"]):
-            inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
-        length = inputs["input_ids"].shape[1]
-        processors = [] if schema is None else [SchemaMask(self._matcher(schema), length)]
         try:
-            with torch.inference_mode():
-                tokens = self._model.generate(
-                    **inputs,
-                    max_new_tokens=self._max_tokens,
-                    logits_processor=processors,
-                    stopping_criteria=[_Stopped(self._stop)],
-                    eos_token_id=self._ends,
-                    pad_token_id=self._ends[0],
-                )[0, length:]
+            return self._answer(messages, schema)
+        except (Refused, LoraPortError):
+            raise
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(self._checkpoint) from error
+        except Exception as error:  # chat templates and models raise whatever they like
+            raise BackendError(
+                f"{self._checkpoint} cannot describe a picture: {_first_line(error)}", hint=_TALKER
+            ) from error
+
+    def _answer(self, messages: list[Message], schema: dict[str, Any] | None) -> Answer:
+        pictures = [Image.open(io.BytesIO(message.picture)) for message in messages if message.picture is not None]
+        prompt = self._processor.apply_chat_template(_turns(messages), add_generation_prompt=True, tokenize=False)
+        inputs = self._processor(images=pictures, text=[prompt], return_tensors="pt")
+        inputs = inputs.to(self._device, self._model.dtype)  # whole numbers stay whole
+        length = inputs["input_ids"].shape[1]
+        processors = [] if schema is None else [SchemaMask(self._matcher(schema), length)]
+        with torch.inference_mode():
+            tokens = self._model.generate(
+                **inputs,
+                max_new_tokens=self._max_tokens,
+                logits_processor=processors,
+                stopping_criteria=[_Stopped(self._stop)],
+                eos_token_id=self._ends,
+                pad_token_id=self._ends[0],
+            )[0, length:]
         cut_off = int(tokens[-1]) not in self._ends
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return Answer(text, cut_off, prompt_tokens=length, answer_tokens=len(tokens))

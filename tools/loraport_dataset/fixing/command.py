@@ -147,13 +147,15 @@ def _show(fixed: FixedImage) -> None:
 
 
 def _tell(report: Report, folder: Path, out: Path | None, place: Place, diffs: int) -> None:
+    from loraport_dataset.findings import printable
+
     if diffs and report.changed > diffs:
         typer.echo(f"… and {report.changed - diffs:,} more changed captions; --diffs N shows more.")
     for line in report.lines():
         typer.echo(line)
     if place == "out":
-        typer.echo(f"Wrote {out}; {folder} is as it was. Look over it with: loraport dataset check {out}")
+        typer.echo(printable(f"Wrote {out}; {folder} is as it was. Look over it with: loraport dataset check {out}"))
     elif place == "in-place" and report.changed:
-        typer.echo(f"Changed {folder}; the originals are in {folder}/.originals/.")
+        typer.echo(printable(f"Changed {folder}; the originals are in {folder}/.originals/."))
     elif place == "nowhere":
         typer.echo("Nothing was written.")

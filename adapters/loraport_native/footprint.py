@@ -168,6 +168,8 @@ class Run:
         block, work = self._kept(), self._work(checkpointing)
         each = {"none": block, "selective": 2 * self._state(), "full": self._state()}[checkpointing]
         on_device = min(blocks, 2) if self.spec.memory.offload == "group+activations" else blocks
+        if checkpointing != "none":
+            on_device -= 1  # the last block is never recomputed
         recomputed = 0.0 if checkpointing == "none" else block
         moments: list[dict[str, float]] = [
             {"activations": on_device * each + recomputed, "work": work, "gradients": waiting},
@@ -192,10 +194,18 @@ class Run:
         """Bytes of the blocks on the device, as they are stored, and of the layers around them."""
         of, storage = self.dimensions, self.spec.memory.storage
         block = of.block_parameters * _stored_bytes(storage, self.number)
+        if self.keeps_columns():
+            block *= 2
         if storage in ("fp8", "int8"):
             block += 4 * sum(rows for rows, _ in of.block_linears.values())
         count = of.blocks if self.spec.memory.offload == "none" else min(of.blocks, SLOTS)
         return count * block + of.other_parameters * self.number
+
+    def keeps_columns(self) -> bool:
+        """Whether rows multiplied in 8 bits are there transposed as well (`placement.load_placed`)."""
+        memory = self.spec.memory
+        spare = memory.offload == "none" and memory.gradient_checkpointing == "none"
+        return spare and memory.storage in ("fp8", "int8") and memory.compute != "model"
 
     def _state(self) -> float:
         """Bytes of the hidden states of a batch."""
@@ -265,8 +275,8 @@ def _kept_for_adapters(targets: Iterable[str]) -> set[str]:
 
 
 def _stored_bytes(storage: str | None, number: int) -> float:
-    """Bytes of a frozen weight: nf4 is half a byte and a float32 for each 64."""
-    return {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}.get(storage or "none", float(number))
+    """Bytes of a frozen weight: nf4 is half a byte, a byte for each 64, and two float32 for each 256 of these."""
+    return {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + (1 + 8 / 256) / 64}.get(storage or "none", float(number))
 
 
 def _phase(name: str, terms: dict[str, float], advice: str) -> Phase:

@@ -32,9 +32,11 @@ def load_placed(
     elif memory.offload != "none":
         stream = Stream(Host(device), device)
     numbers = iter(range(10**6))
+    # Nothing recomputed and nothing streamed: memory is not what this run is short of.
+    columns = stream is None and memory.gradient_checkpointing == "none"
 
     def prepare(block: nn.Module) -> None:
-        quantize_blocks(block, memory.storage or "none", memory.compute or "model")
+        quantize_blocks(block, memory.storage or "none", memory.compute or "model", columns)
         if stream is not None:
             stream.take(next(numbers), block)
 

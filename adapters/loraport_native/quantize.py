@@ -9,33 +9,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from loraport_native.frozen import NF4_BLOCK, frozen_linear
+from loraport_native.frozen import NF4_BLOCK, frozen_linear, to_bytes
 from loraport_native.scaled_matmul import to_rows
 
 _ROWS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
-def quantize_blocks(blocks: nn.Module, storage: str, compute: str = "model") -> None:
+def quantize_blocks(blocks: nn.Module, storage: str, compute: str = "model", columns: bool = False) -> None:
     """Replace, in place, every Linear in `blocks` by one whose weight is stored as `storage`, on the same device.
 
     storage: none; fp8 (e4m3) or int8, a scale a row; nf4, bitsandbytes' 4-bit normal float in blocks of 64.
     compute: "model", the dtype of the activations; "fp8" or "int8", products of 8-bit rows forward and backward.
+    columns: keep rows that are multiplied in 8 bits transposed as well, which takes their memory once more and spares
+        the backward pass transposing them.
     """
     if storage == "none":
         return
     for parent in list(blocks.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is nn.Linear:
-                setattr(parent, name, stored_linear(linear, storage, compute))
+                setattr(parent, name, stored_linear(linear, storage, compute, columns))
 
 
-def stored_linear(linear: nn.Linear, storage: str, compute: str) -> nn.Linear:
+def stored_linear(linear: nn.Linear, storage: str, compute: str, columns: bool = False) -> nn.Linear:
     """`linear` with its weight quantised; see `quantize_blocks`."""
     bias = linear.bias
     if storage == "nf4":
         return Nf4Linear(linear.weight.data, bias, compute)
     rows, scale = _rows_of(linear, _ROWS[storage])
-    return RowsLinear(rows, scale, bias, compute)
+    return RowsLinear(rows, scale, bias, compute, columns)
 
 
 def _rows_of(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -75,15 +77,20 @@ class StoredLinear(nn.Linear):
 class RowsLinear(StoredLinear):
     """A weight of 8-bit rows (out, in), e4m3 or int8, with a float32 scale (out, 1) each."""
 
-    def __init__(self, rows: Tensor, scale: Tensor, bias: nn.Parameter | None, compute: str = "model") -> None:
+    def __init__(
+        self, rows: Tensor, scale: Tensor, bias: nn.Parameter | None, compute: str = "model", columns: bool = False
+    ) -> None:
         super().__init__(rows.shape[0], rows.shape[1], bias)
         self.kind = "rows" if compute == "model" else "scaled rows"
         self.register_buffer("rows", rows)
         self.register_buffer("scale", scale)
+        if columns and compute != "model":
+            self.kind = "scaled rows and columns"
+            self.register_buffer("columns", rows.t().contiguous())
 
 
 class Nf4Linear(StoredLinear):
-    """A weight in bitsandbytes' nf4: packed (out·in/2, 1) uint8, and a float32 largest value for each 64 numbers."""
+    """A weight in bitsandbytes' nf4: packed (out·in/2, 1) uint8, and the largest value of each 64 numbers in 8 bits."""
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, compute: str = "model") -> None:
         import bitsandbytes  # noqa: F401  (registers the operators)
@@ -92,4 +99,5 @@ class Nf4Linear(StoredLinear):
         self.kind = "nf4" if compute == "model" else f"nf4 {compute}"
         packed, largest = torch.ops.bitsandbytes.quantize_4bit(weight, NF4_BLOCK, "nf4", torch.uint8)
         self.register_buffer("packed", packed)
-        self.register_buffer("largest", largest)
+        for name, buffer in zip(("largest", "least", "step"), to_bytes(largest), strict=True):
+            self.register_buffer(name, buffer)

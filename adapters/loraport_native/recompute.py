@@ -1,8 +1,8 @@
 """Gradient checkpointing as a dial: what of a block's forward pass is kept for its backward pass.
 
-none keeps everything; full keeps a block's inputs and computes the rest again; selective also keeps what attention
-gave, which takes as much memory as a block's input and is the dearest part to compute; auto recomputes only as many
-blocks as it must for the rest to fit the card.
+none keeps everything; full keeps a block's inputs and computes the rest again, but for the last block, whose backward
+pass comes next; selective also keeps what attention gave, which takes as much memory as a block's input and is the
+dearest part to compute; auto recomputes only as many blocks as it must for the rest to fit the card.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ _MARGIN = 0.04  #: share of a card's memory that auto leaves for fragmentation a
 
 
 def recompute(model: Ideogram4, mode: str, blocks: int | None = None) -> None:
-    """Set what `model` keeps of its blocks: none, selective or full; of the first `blocks` of them (default: all)."""
-    chosen = set(range(len(model.layers) if blocks is None else blocks))
+    """Set what `model` keeps of its blocks: none, selective or full; of the first `blocks` of them (default: all).
+
+    Never of the last: what it would compute again would be in memory at once, in place of what it kept.
+    """
+    last = len(model.layers) - 1
+    chosen = set(range(last if blocks is None else min(blocks, last)))
     for number, block in enumerate(model.blocks()):
         block.keeps_attention = mode == "selective" and number in chosen
     full = chosen if mode == "full" else set()
@@ -61,19 +65,20 @@ _contexts = partial(create_selective_checkpoint_contexts, _policy)
 def recompute_what_must_be(model: Ideogram4, probe: Callable[[], None], limit: int) -> int:
     """Mode auto on a CUDA card: recompute the fewest blocks with which `probe` needs no more than `limit` bytes.
 
-    probe: runs a forward and backward pass of the largest batch. Two are run: one that recomputes every block, one that
-    leaves the first two alone; each block left alone adds as much again. Returns how many blocks are recomputed.
+    probe: runs a forward and backward pass of the largest batch. Two are run: one that recomputes all it can, one that
+    leaves two blocks more alone; each block left alone adds as much again. Returns how many blocks are recomputed.
     """
-    total = len(model.layers)
+    total = len(model.layers) - 1  # the last never is
+    fewer = max(0, total - 2)
     peaks = []
-    for recomputed in (total, total - 2):
+    for recomputed in (total, fewer):
         recompute(model, "full", recomputed)
         probe()  # the first pass also compiles and fills caches, which is not what is measured
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         probe()
         peaks.append(torch.cuda.max_memory_allocated())
-    each = max(1, (peaks[1] - peaks[0]) // 2)
+    each = max(1, (peaks[1] - peaks[0]) // max(1, total - fewer))
     spared = max(0, min(total, int((limit * (1 - _MARGIN) - peaks[0]) // each)))
     recompute(model, "full", total - spared)
     return total - spared

@@ -318,12 +318,14 @@ class HostActivations:
         return tensor, event
 
     def attach(self, model: Ideogram4) -> None:
-        """Recompute every block of the model from an input that waits on the host."""
+        """Recompute every block of the model but the last, whose backward pass comes next, from an input that waits on
+        the host."""
         # What makes autograd come by even where a block's input needs no gradient.
         anchor = torch.empty(0, requires_grad=True)
+        last = len(model.layers) - 1
 
         def run_block(number: int, block: nn.Module, hidden: Tensor, *inputs: Any) -> Tensor:
-            if not torch.is_grad_enabled():
+            if number == last or not torch.is_grad_enabled():
                 return block(hidden, *inputs)
             return _Recomputed.apply(hidden, anchor, self, block, inputs)
 

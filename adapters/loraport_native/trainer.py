@@ -47,6 +47,21 @@ class Draw:
     grid: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Taken:
+    """An optimizer step that was queued, and when (`time.perf_counter`); `numbers` waits for its losses and the norm of
+    its gradient.
+
+    A step is told when the next one is queued, so that the device never waits for the host.
+    """
+
+    step: int
+    started: float
+    batches: list[list[Sample]]
+    rate: float
+    numbers: Callable[[], list[float]]
+
+
 class Trainer:
     """One training run over prepared data. `fit` trains from the last whole checkpoint to the end."""
 
@@ -74,6 +89,8 @@ class Trainer:
         self.stop_requested = False
         self._epoch: tuple[int, list[list[Sample]]] = (-1, [])
         self._ahead: dict[int, Draw] = {}
+        self._untold: Taken | None = None
+        self._told_at = 0.0
 
     def fit(self) -> None:
         """Train to the last step. Raises Stopped when a stop was asked for, BackendError when training diverges."""
@@ -131,6 +148,7 @@ class Trainer:
     # -- one optimizer step -------------------------------------------------------------------------------------
 
     def _one_step(self) -> None:
+        """Queue one optimizer step, and tell the one before."""
         started = time.perf_counter()
         train = self.spec.train
         if not self.model.training:
@@ -152,7 +170,7 @@ class Trainer:
         for values in (gradients, losses):
             self.group.sum(values)
         norm = torch.nn.utils.clip_grad_norm_(self.masters.flat, train.max_grad_norm or math.inf)
-        told = read_later(torch.cat((losses, norm[None])))
+        numbers = read_later(torch.cat((losses, norm[None])))
         rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
@@ -160,23 +178,37 @@ class Trainer:
         self.masters.publish()
         if self.ema:
             self.ema.update(self.masters)
-        # Only now, so that the device has work while the host waits, tells, and queues the next step.
-        *parts_losses, norm_value = told()
-        if not all(map(math.isfinite, (*parts_losses, norm_value))):
-            suspects = [batch for value, batch in zip(parts_losses, batches, strict=True) if not math.isfinite(value)]
-            bad, every = ([sample for batch in some for sample in batch] for some in (suspects, batches))
-            raise self._diverged("loss" if bad else "gradient", self.step + 1, bad or every)
         self.step += 1
-        seconds = time.perf_counter() - started
+        before, self._untold = self._untold, Taken(self.step, started, batches, rate, numbers)
+        if before:
+            self._tell(before)
+        if self.device.type != "cuda":  # nothing is queued elsewhere
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the last step and tell it."""
+        if self._untold:
+            taken, self._untold = self._untold, None
+            self._tell(taken)
+
+    def _tell(self, taken: Taken) -> None:
+        """Tell a step once the device has come to its end. Raises BackendError when training has diverged in it."""
+        *losses, norm = taken.numbers()
+        if not all(map(math.isfinite, (*losses, norm))):
+            suspects = [batch for loss, batch in zip(losses, taken.batches, strict=True) if not math.isfinite(loss)]
+            bad, every = ([sample for batch in some for sample in batch] for some in (suspects, taken.batches))
+            raise self._diverged("loss" if bad else "gradient", taken.step, bad or every)
+        now = time.perf_counter()
+        seconds, self._told_at = now - max(taken.started, self._told_at), now
         self.emit(
             Step(
-                step=self.step,
-                total=train.steps,
-                loss=sum(parts_losses),
-                lr=rate,
+                step=taken.step,
+                total=self.spec.train.steps,
+                loss=sum(losses),
+                lr=taken.rate,
                 seconds=seconds,
-                images_per_second=sum(map(len, batches)) / seconds,
-                grad_norm=norm_value,
+                images_per_second=sum(map(len, taken.batches)) / seconds,
+                grad_norm=norm,
                 peak_memory_gib=peak_memory_gib(self.device),
                 peak_reserved_gib=peak_reserved_gib(self.device),
             )
@@ -247,6 +279,8 @@ class Trainer:
         spec, last = self.spec, self.step == self.spec.train.steps
         validate = spec.validation.every and (last or self.step % spec.validation.every == 0)
         sample = spec.sample.every and self.step and (last or self.step % spec.sample.every == 0)
+        if validate or sample:
+            self._settle()
         if validate:
             self.emit(PhaseStarted(phase="validate"))
             self._with_saved_weights(self._validate)
@@ -281,6 +315,7 @@ class Trainer:
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        self._settle()
         if not all(weight.isfinite().all() for weight in self.masters.weights):
             raise self._diverged("adapter", self.step, [])
         if not self.group.leads:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from loraport_native.frozen import PRODUCTS, adapted_linear, frozen_linear
+from loraport_native.frozen import PRODUCTS, adapted_linear, from_bytes, frozen_linear, to_bytes
 from loraport_native.quantize import StoredLinear, stored_linear
 
-CASES = {
+CASES: dict[str, tuple[Any, ...]] = {
     "plain": ("none", "model"),
     "rows": ("fp8", "model"),
     "scaled rows": ("fp8", "fp8"),
+    "scaled rows and columns": ("fp8", "fp8", True),
     "nf4": ("nf4", "model"),
     "nf4 fp8": ("nf4", "fp8"),
     "nf4 int8": ("nf4", "int8"),
 }
 # Only what is computed in 8 bits errs, as its format does: e4m3 rounds to 3 bits of mantissa, two or three times here.
-ALLOWED = {"scaled rows": 0.04, "nf4 fp8": 0.06, "nf4 int8": 0.02}
+ALLOWED = {"scaled rows": 0.04, "scaled rows and columns": 0.04, "nf4 fp8": 0.06, "nf4 int8": 0.02}
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -34,12 +38,33 @@ def stored(kind: str) -> tuple[tuple[Tensor, ...], Tensor]:
     layer = stored_linear(linear, *CASES[kind])
     assert isinstance(layer, StoredLinear)
     assert layer.kind == kind
-    exact = frozen_linear(torch.eye(64), kind.split()[-1] if kind == "scaled rows" else kind.split()[0], layer.stored)
+    simple, tensors = ("rows", layer.stored[:2]) if "rows" in kind else (kind.split()[0], layer.stored)
+    exact = frozen_linear(torch.eye(64), simple, tensors)
     return layer.stored, exact.t()
 
 
 def close(kind: str, got: Tensor, wanted: Tensor) -> None:
     assert (got - wanted).norm() / wanted.norm() < ALLOWED.get(kind, 1e-5)
+
+
+def test_kept_columns_give_the_gradient_of_transposed_rows_bit_for_bit() -> None:
+    weight, with_columns = (stored(kind)[0] for kind in ("scaled rows", "scaled rows and columns"))
+    (forward, back), (forward_too, back_too) = (PRODUCTS[kind] for kind in ("scaled rows", "scaled rows and columns"))
+    assert torch.equal(forward(draw(5, 64), *weight), forward_too(draw(5, 64), *with_columns))
+    assert torch.equal(back(draw(5, 96), *weight), back_too(draw(5, 96), *with_columns))
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 1000])
+def test_scales_in_8_bits_err_by_half_a_step_between_the_extremes_of_256(count: int) -> None:
+    values = draw(count, seed=3).abs() + 0.5
+    numbers, least, step = to_bytes(values)
+    assert numbers.dtype == torch.uint8
+    assert numbers.shape == (math.ceil(count / 256), 256)
+    again = from_bytes(numbers, least, step)[:count]
+    for group in range(len(numbers)):
+        here = slice(256 * group, 256 * (group + 1))
+        half = float(values[here].max() - values[here].min()) / 510
+        assert (again[here] - values[here]).abs().max() <= half * 1.01 + 1e-6
 
 
 def test_every_kind_is_tested() -> None:

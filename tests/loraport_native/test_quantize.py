@@ -58,7 +58,7 @@ def test_quantised_weights_take_the_room_they_should(tiny_official: Path, method
         if isinstance(module, nn.Linear)
         for buffer in module.buffers()
     )
-    assert size / numbers == pytest.approx({"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}[method], rel=0.05)
+    assert size / numbers == pytest.approx({"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}[method], rel=0.05)
 
 
 @pytest.mark.parametrize("method", LAYER_ERROR)

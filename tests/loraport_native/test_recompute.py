@@ -48,7 +48,7 @@ def test_selective_recomputes_all_but_attention(make_spec, make_trainer) -> None
         mode: attention_calls(make_trainer(make_spec(memory={"gradient_checkpointing": mode})))
         for mode in ("none", "selective", "full")
     }
-    assert counted == {"none": 3, "selective": 3, "full": 6}
+    assert counted == {"none": 3, "selective": 3, "full": 5}, "the last block's is never computed again"
 
 
 def test_only_the_first_blocks_are_recomputed_when_asked(make_spec, make_trainer, monkeypatch) -> None:
@@ -67,14 +67,14 @@ def test_only_the_first_blocks_are_recomputed_when_asked(make_spec, make_trainer
 
 @pytest.mark.parametrize(("limit", "expected"), [(90, 3), (115, 2), (126, 1), (1000, 0)])
 def test_auto_recomputes_the_fewest_blocks_that_fit(monkeypatch, limit: int, expected: int) -> None:
-    """A model of three blocks that needs 100 bytes when all are recomputed and 10 more for each that is not."""
+    """A model of four blocks that needs 100 bytes when all are recomputed and 10 more for each but the last that is not."""
     recomputed: list[int] = []
     probes: list[int] = []
     monkeypatch.setattr(module, "recompute", lambda model, mode, blocks: recomputed.append(blocks))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100 + 10 * (3 - recomputed[-1]))
-    model = SimpleNamespace(layers=[None] * 3)
+    model = SimpleNamespace(layers=[None] * 4)
     found = module.recompute_what_must_be(model, lambda: probes.append(recomputed[-1]), limit)
     assert found == recomputed[-1] == expected
     assert probes == [3, 3, 1, 1], "each measured once after a first pass that compiles"

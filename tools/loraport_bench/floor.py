@@ -16,7 +16,7 @@ from typing import Any, Self
 PIXELS = 16  #: of an image token's side
 FP8_SPEEDUP = 2.0
 ATTENTION_BACKWARD = 2.5
-BITS = {"none": 16.0, "fp8": 8.0, "int8": 8.0, "nf4": 4.5}  #: of a stored weight; nf4 has a float32 for each 64
+BITS = {"none": 16.0, "fp8": 8.0, "int8": 8.0, "nf4": 4.13}  #: of a stored weight; nf4 has a byte for each 64
 
 
 @dataclass(frozen=True)

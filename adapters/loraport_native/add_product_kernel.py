@@ -1,0 +1,50 @@
+"""The Triton kernel of `add_product`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS, _COLUMNS, _RANK = 64, 128, 32
+
+
+def launch(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (M, N) += left (M, K) · right (K, N), on the current CUDA device and stream."""
+    (rows, columns), rank = total.shape, left.shape[1]
+    grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
+    strides = (*total.stride(), *left.stride(), *right.stride())
+    _add_product[grid](total, left, right, rows, columns, rank, *strides, _ROWS, _COLUMNS, _RANK, num_warps=4)
+
+
+@triton.jit
+def _add_product(  # type: ignore[no-untyped-def]
+    total,
+    left,
+    right,
+    rows,
+    columns,
+    rank,
+    total_row,
+    total_column,
+    left_row,
+    left_column,
+    right_row,
+    right_column,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, rank, RANK):
+        along = first + tl.arange(0, RANK)[None, :]
+        down = first + tl.arange(0, RANK)[:, None]
+        some = tl.load(left + row * left_row + along * left_column, (row < rows) & (along < rank), 0.0)
+        others = tl.load(right + down * right_row + column * right_column, (down < rank) & (column < columns), 0.0)
+        product += tl.dot(some, others)
+    place = total + row * total_row + column * total_column
+    inside = (row < rows) & (column < columns)
+    so_far = tl.load(place, inside, 0.0).to(tl.float32)
+    tl.store(place, (so_far + product).to(total.dtype.element_ty), inside)

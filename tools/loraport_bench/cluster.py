@@ -144,7 +144,8 @@ def write_sky(file: Path, spec_file: Path, bench: Bench, options: list[str]) -> 
         "mkdir -p ~/bench-output/rows && cp -r ~/bench/rows/. ~/bench-output/rows/\n",
     }
     head = (
-        "# Start it in LoraPort's source folder: sky launch THIS_FILE --env RESULTS_BUCKET=a-name [--secret HF_TOKEN]\n"
+        "# Choose the accelerator under `resources`, then, in LoraPort's source folder:\n"
+        "#   sky launch THIS_FILE --env RESULTS_BUCKET=a-name --secret HF_TOKEN\n"
         "# Then copy the bucket's `rows` into the bench's folder here and give the command without --write-sky: it\n"
         "# finds every row there and writes the results.\n"
     )

@@ -29,6 +29,7 @@ class SpecOrCommand(TyperGroup):
 
 
 def run(
+    context: typer.Context,
     spec: SpecFile,
     backends: Annotated[str, typer.Option(help="Trainers, separated by commas.")] = "native",
     out: Annotated[
@@ -127,7 +128,7 @@ def run(
     if write_sky is not None:
         from loraport_bench.cluster import write_sky as write_task
 
-        write_task(write_sky, spec, bench, _options_for_part())
+        write_task(write_sky, spec, bench, _options_for_part(context))
         typer.echo(f"Wrote {write_sky}; its first lines say how to start it.")
         return
     where = None if on is None else _where(on, job or [])
@@ -277,11 +278,8 @@ def _arguments() -> list[str]:
     return sys.argv[1:]
 
 
-def _options_for_part() -> list[str]:
+def _options_for_part(context: typer.Context) -> list[str]:
     """The options of this command that hold for each part of it too."""
-    import click
-
-    context = click.get_current_context()
     skipped = {"spec", "out", "write_sky", "part", "on", "job", "dry_run", "as_json", "overrides"}
     words: list[str] = []
     for parameter in context.command.params:

@@ -1,0 +1,123 @@
+"""What each real backend is asked to train in either tier. Plans only: nothing is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraport.errors import SpecError
+from loraport.gpu import Card
+from loraport.spec.load import build_spec
+from loraport_bench import tiers
+from loraport_bench.images import Staged
+from loraport_bench.settings import Settings
+from loraport_bench.tiers import best_effort, inequalities, make, matched, why_not_matched
+
+ALL = ["native", "diffsynth", "simpletuner", "ai-toolkit"]
+STAGED = Staged(Path("/bench/data/images"), Path("/bench/data/held-out"), "/models/ideogram-4", 8, 2, "")
+
+
+def settings(backends: list[str] = ALL, changes: Any = None, card: str | None = None, **sections: Any) -> Settings:
+    content: dict[str, Any] = {
+        "name": "demo",
+        "model": {"checkpoint": "/models/ideogram-4"},
+        "dataset": {"path": "/photos", "resolution": 1024, "caption_dropout": 0.1, "trigger_word": "zx"},
+        "lora": {"rank": 32},
+        "train": {"steps": 1000, "optimizer": "adamw", "lr_scheduler": "cosine", "seed": 3},
+        "sample": {"every": 100, "prompts": ["a"]},
+        **sections,
+    }
+    given = build_spec(content, base=Path.cwd(), origin="test").spec.model_dump(mode="json")
+    return Settings(
+        given=given, changes=changes or {}, backends=backends, profiles=["spec"], tiers=["matched"], card=card,
+        repeats=1, seeds=[7], steps=60, warm_up=10, checkpoints=4, held_out=2, time_limit_s=60, sampling_s=0.05,
+        overhead_pairs=0,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiers, "cards", list)
+
+
+def test_the_four_trainers_share_a_matched_spec_in_which_each_does_the_work_exactly() -> None:
+    contents, changed = matched(settings(), STAGED, "spec")
+    plans = {name: make(contents[name], name, Path("/run")) for name in ALL}
+    assert {name: why_not_matched(made) for name, made in plans.items()} == dict.fromkeys(ALL)
+    specs = [made.spec.model_copy(update={"backend": None}) for made in plans.values()]
+    assert all(spec == specs[0] for spec in specs)
+    spec = plans["native"].spec
+    assert (spec.train.max_grad_norm, spec.train.lr_scheduler, spec.train.steps, spec.train.seed) == (
+        0,
+        "constant",
+        60,
+        7,
+    )
+    assert (spec.sample.every, spec.validation.every, spec.save.every, spec.save.keep) == (0, 0, 15, 4)
+    assert (spec.dataset.path, spec.dataset.trigger_word) == (Path("/bench/data/images"), None)
+    assert spec.lora.rank == 32
+    assert "diffsynth" in changed["train.max_grad_norm"]
+    # What they cannot be brought to do alike is listed, each with every backend's word on it.
+    left = {each.path: each.backends for each in inequalities(plans)}
+    assert set(left["train.timestep_std"]) == set(ALL)
+    assert "train.warmup_steps" in left
+    assert not left.keys() & set(tiers.MATCHED)
+
+
+def test_a_trainer_that_cannot_do_a_needed_field_has_no_place_in_the_matched_tier_and_is_told_why() -> None:
+    contents, _ = matched(settings(train={"batch_size": 4}), STAGED, "nf4")
+    reasons = {name: why_not_matched(make(contents[name], name, Path("/run"))) for name in ALL}
+    assert reasons["native"] is None
+    assert "train.batch_size = 4: approximated" in (reasons["diffsynth"] or "")
+    assert make(contents["ai-toolkit"], "ai-toolkit", Path("/run")).refused()  # nf4
+
+
+def test_a_spec_that_all_do_exactly_is_left_as_it_is() -> None:
+    contents, changed = matched(settings(["native"], memory={"gradient_checkpointing": "none"}), STAGED, "spec")
+    spec = make(contents["native"], "native", Path("/run")).spec
+    assert (spec.train.max_grad_norm, spec.dataset.caption_dropout, spec.train.lr_scheduler) == (1.0, 0.1, "cosine")
+    assert spec.memory.gradient_checkpointing == "none"
+    assert set(changed) == {"dataset.path", "dataset.trigger_word", "validation.every", "sample.every", "save.every"}
+
+
+def test_best_effort_is_what_the_cards_profile_recommends_as_far_as_each_trainer_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiers, "cards", lambda: [Card("H200", 140.0, (9, 0))])
+    memory = {name: make(best_effort(settings(), STAGED, "fp8", name), name, Path("/run")).spec.memory for name in ALL}
+    assert (memory["native"].storage, memory["native"].compute) == ("fp8", "fp8")
+    assert (memory["native"].compile, memory["native"].gradient_checkpointing) == ("regional", "none")
+    for name in ALL:
+        made = make(best_effort(settings(), STAGED, "fp8", name), name, Path("/run"))
+        assert not made.refused(), name
+        assert made.spec.memory.storage == "fp8"
+    # An older card does not compute in fp8, and nobody is asked to.
+    monkeypatch.setattr(tiers, "cards", lambda: [Card("A100", 80.0, (8, 0))])
+    assert make(best_effort(settings(), STAGED, "fp8", "native"), "native", Path("/run")).spec.memory.compute == "model"
+
+
+def test_another_cards_profile_can_be_asked_for() -> None:
+    content = best_effort(settings(card="8gb"), STAGED, "nf4", "native")
+    memory = make(content, "native", Path("/run")).spec.memory
+    assert memory.storage == "nf4"
+    assert memory.offload != "none"
+
+
+def test_options_of_one_trainer_are_not_given_to_another_and_changes_for_one_reach_it_alone() -> None:
+    given = settings(
+        ["native", "diffsynth"],
+        {"diffsynth": ["backend.options.split=false", "train.learning_rate=2e-4"]},
+        backend={"name": "native", "options": {"device": "cpu"}},
+    )
+    contents, _ = matched(given, STAGED, "spec")
+    assert contents["native"]["backend"]["options"] == {"device": "cpu"}
+    assert contents["diffsynth"]["backend"]["options"] == {"split": False}
+    assert contents["native"]["train"]["learning_rate"] == 1e-4
+    assert contents["diffsynth"]["train"]["learning_rate"] == 2e-4
+
+
+def test_a_wrong_change_for_one_trainer_is_told_by_its_path() -> None:
+    with pytest.raises(SpecError, match=r"the spec for diffsynth is not a valid spec:\n  lora\.rnk"):
+        matched(settings(changes={"diffsynth": ["lora.rnk=3"]}), STAGED, "spec")

@@ -41,6 +41,7 @@ from loraport_ai_toolkit.recipe import (
     default_checkout,
     how_to_get_it,
 )
+from loraport_ai_toolkit.translate import caption_extension
 
 TINY_RUN = Path(__file__).with_name("tiny_run.py")
 
@@ -106,7 +107,7 @@ def _run(run_dir: Path) -> None:
     sets = trained_sets(on_this_disk, family)
     captions = stage_images(sets, run_dir)
     if names := captions_read_otherwise(captions, python, checkout):
-        _emit(Warn(message=warning_about_captions(names, spec.dataset.caption_ext)))
+        _emit(Warn(message=warning_about_captions(names, caption_extension(sets[0].set))))
     model = write_job(on_this_disk, sets, run_dir, family, lambda message: _emit(Warn(message=message)))
     begin = _prepare_saves(run_dir / layout.save_folder(spec.name), launch["job"])
     control.create(run_dir / layout.DATABASE, begin, spec.train.steps, spec.save.every)

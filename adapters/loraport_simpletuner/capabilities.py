@@ -80,10 +80,7 @@ def _dataset(table: VerdictTable) -> None:
     else:
         table.approximated("dataset.upscale", reason="smaller images are enlarged all the same; the run warns of them")
     table.exact("dataset.flip", reason="mirrored copies are staged beside the originals")
-    if dataset.caption_dropout in (mapping.caption_dropout(table.spec), 0.0):
-        table.exact("dataset.caption_dropout", reason="caption_dropout_probability")
-    else:
-        table.ignored("dataset.caption_dropout", reason="every set says its own")
+    table.exact("dataset.caption_dropout", reason="caption_dropout_probability, unless all sets say another one")
     if dataset.max_text_tokens == mapping.TOKENS:
         table.exact("dataset.max_text_tokens", reason="a longer caption ends the run")
     else:

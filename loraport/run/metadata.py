@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loraport.families import Family
 from loraport.planning import Plan
+from loraport.sets import subject
 
 _NETWORK_MODULES = {"lora": "networks.lora", "lokr": "lycoris.kohya", "loha": "lycoris.kohya"}
 
@@ -22,7 +23,7 @@ def lora_metadata(plan: Plan, family: Family) -> dict[str, str]:
 
     There is no date among them, so that equal trainings give equal files, and no folder of the machine's owner.
     """
-    spec = plan.spec
+    spec, main = plan.spec, subject(plan.spec.dataset)
     versions = {"loraport": version("loraport"), plan.backend: plan.backend_version}
     checkpoint = Path(spec.model.checkpoint)
     described = {
@@ -30,7 +31,7 @@ def lora_metadata(plan: Plan, family: Family) -> dict[str, str]:
         "modelspec.architecture": family.architecture,
         "modelspec.implementation": "https://github.com/Comfy-Org/ComfyUI",
         "modelspec.title": spec.name,
-        "modelspec.resolution": f"{spec.dataset.resolution}x{spec.dataset.resolution}",
+        "modelspec.resolution": f"{main.resolution}x{main.resolution}",
         "ss_base_model_version": family.name,
         "ss_sd_model_name": checkpoint.name if checkpoint.is_absolute() else spec.model.checkpoint,
         "ss_output_name": spec.name,
@@ -44,6 +45,6 @@ def lora_metadata(plan: Plan, family: Family) -> dict[str, str]:
     }
     if spec.lora.type != "lora":
         described["ss_network_args"] = json.dumps({"algo": spec.lora.type})
-    if spec.dataset.trigger_word:
-        described["modelspec.trigger_phrase"] = spec.dataset.trigger_word
+    if main.trigger_word:
+        described["modelspec.trigger_phrase"] = main.trigger_word
     return described

@@ -75,3 +75,18 @@ def test_what_does_not_go_together_is_refused_with_what_to_do(sections: dict[str
 )
 def test_what_ai_toolkit_cannot_do_is_said(path: str, sections: dict[str, Any], kind: Kind) -> None:
     assert verdict(path, **sections).kind is kind
+
+
+def test_each_set_is_told_of_its_captions_and_its_key_in_ai_toolkit() -> None:
+    sets = [
+        {"path": "/a", "caption_ext": "json", "weight": 1, "resolution": 512},
+        {"path": "/b", "caption_field": "text", "weight": 2, "regularization": True, "loss_weight": 0.5},
+    ]
+    found = {one.path: one for one in verdicts(spec(dataset={"path": None, "sets": sets}))}
+    not_exact = {path for path, one in found.items() if path.startswith("dataset.sets") and one.kind is not Kind.EXACT}
+    assert not_exact == {"dataset.sets[0].caption_ext", "dataset.sets[1].caption_field"}
+    assert "rewrites others" in found["dataset.sets[0].caption_ext"].reason
+    assert "space after every comma" in found["dataset.sets[1].caption_field"].reason
+    assert "num_repeats" in found["dataset.sets[0].weight"].reason
+    assert found["dataset.sets[1].loss_weight"].reason == "loss_multiplier"
+    assert "not is_reg" in found["dataset.sets[1].regularization"].reason

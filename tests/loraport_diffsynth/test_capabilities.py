@@ -167,3 +167,14 @@ def test_what_fits_the_model_is_said_as_diffsynth_does_it(
     verdict = next(v for v in verdicts(make_spec(**sections)) if v.path == path)
     assert verdict.kind is kind
     assert says in verdict.reason
+
+
+def test_a_checkouts_script_takes_sets_but_not_their_weights_in_the_loss(make_spec: MakeSpec) -> None:
+    sets = [{"path": "/a", "weight": 1}, {"path": "/b", "weight": 3, "loss_weight": 0.5, "resolution": 512}]
+    dataset = {"path": None, "sets": sets}
+    ours = {one.path: one.kind for one in verdicts(make_spec(dataset=dataset)) if one.path.startswith("dataset.sets")}
+    assert set(ours.values()) == {Kind.EXACT}
+    script = {one.path: one for one in verdicts(make_spec(dataset=dataset, backend=SCRIPT))}
+    assert script["dataset.sets[1].loss_weight"].kind is Kind.REFUSED
+    assert "set it to 1" in script["dataset.sets[1].loss_weight"].reason
+    assert script["dataset.sets[1].weight"].kind is Kind.EXACT

@@ -94,3 +94,38 @@ def test_what_it_does_otherwise_it_says(make_spec, changes: dict[str, Any], path
     verdict = by_path(make_spec(**changes))[path]
     assert verdict.kind is kind, verdict.reason
     assert reason in verdict.reason
+
+
+SETS = [
+    {"path": "/a", "weight": 2, "caption_dropout": 0.1},
+    {"path": "hub:me/b", "weight": 1, "resolution": 720, "trigger_word": "x", "caption_dropout": 0.1},
+    {"path": "/c", "weight": 1, "regularization": True, "caption_dropout": 0.1},
+]
+
+
+@pytest.mark.parametrize(
+    ("changed", "path", "kind", "reason"),
+    [
+        ({}, "dataset.sets", Kind.APPROXIMATED, "no step mixes sets"),
+        ({}, "dataset.sets[0].path", Kind.EXACT, "staged"),
+        ({}, "dataset.sets[1].trigger_word", Kind.EXACT, "staged"),
+        ({}, "dataset.sets[0].weight", Kind.APPROXIMATED, "probability"),
+        ({}, "dataset.sets[1].resolution", Kind.APPROXIMATED, "768"),
+        ({}, "dataset.sets[2].regularization", Kind.EXACT, "not is_regularisation_data"),
+        ({}, "dataset.sets[2].caption_dropout", Kind.EXACT, "caption_dropout_probability"),
+        ({"caption_dropout": 0.5}, "dataset.sets[2].caption_dropout", Kind.DEFAULTED, "0: SimpleTuner has one share"),
+        ({"loss_weight": 0.5}, "dataset.sets[2].loss_weight", Kind.REFUSED, "set it to 1"),
+    ],
+)
+def test_what_each_set_says_is_judged(make_spec, changed: dict[str, Any], path: str, kind: Kind, reason: str) -> None:
+    spec = make_spec(dataset={"path": None, "sets": [*SETS[:2], SETS[2] | changed]})
+    verdict = by_path(spec)[path]
+    assert verdict.kind is kind, verdict.reason
+    assert reason in verdict.reason
+
+
+def test_repeats_of_a_set_fill_a_step_as_those_of_one_folder_do(make_spec) -> None:
+    sets = [{"path": "/a", "repeats": 2}, {"path": "/b", "repeats": 5}]
+    found = by_path(make_spec(dataset={"path": None, "sets": sets}, train={"batch_size": 4}))
+    assert found["dataset.sets[0].repeats"].kind is Kind.APPROXIMATED
+    assert found["dataset.sets[1].repeats"].kind is Kind.EXACT

@@ -40,7 +40,7 @@ def test_a_sound_folder_ends_with_zero_and_one_line_of_numbers(tmp_path: Path) -
     write_pair(tmp_path, "a.png")
     code, out, _ = run("dataset", "check", tmp_path, *SMALL)
     assert code == 0
-    assert f"{tmp_path}: 1 images, 1 captions (.json), for Ideogram 4 at 64 px\n0 errors, 0 warnings, 0 advice." in out
+    assert f"{tmp_path}: 1 image, 1 caption (.json), for Ideogram 4 at 64 px\n0 errors, 0 warnings, 0 advice." in out
 
 
 def test_errors_end_with_four_after_a_summary_and_then_the_details(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_the_extension_of_captions_is_the_one_that_most_images_have(tmp_path: Pa
     _, out, _ = run("dataset", "check", tmp_path, *SMALL)
     assert "3 captions (.txt)" in out
     _, out, _ = run("dataset", "check", tmp_path, *SMALL, "--caption-ext", "json")
-    assert "1 captions (.json)" in out
+    assert "1 caption (.json)" in out
 
 
 def test_a_folders_options_are_refused_for_a_spec_and_set_for_a_folder(tmp_path: Path) -> None:
@@ -181,8 +181,8 @@ def test_every_dataset_of_a_spec_is_checked_and_named(tmp_path: Path) -> None:
     spec = write_spec(tmp_path, dataset, "validation: {every: 10, path: held}\n")
     code, out, _ = run("check", spec)
     assert code == 4
-    assert "(dataset): 1 images" in out
-    assert "(dataset.regularization): 1 images" in out
+    assert "(dataset): 1 image," in out
+    assert "(dataset.regularization): 1 image," in out
     assert "dataset.regularization b.txt: Plain text" in out
     assert "validation c.png: There is no c.json." in out
 
@@ -303,3 +303,13 @@ def test_loading_the_plugin_imports_nothing_heavy() -> None:
     )
     environment = {"PYTHONPATH": ":".join(sys.path)}
     subprocess.run([sys.executable, "-c", probe], check=True, env=environment)
+
+
+def test_what_concerns_the_whole_set_comes_before_its_many_consequences(tmp_path: Path) -> None:
+    for number in range(8):
+        box = [0, 0, 1280, 700 - number]  # pixels, x first
+        elements = [{"type": "obj", "bbox": box, "desc": "a wall"}]
+        content = {"compositional_deconstruction": {"background": f"{number}", "elements": elements}}
+        write_pair(tmp_path, f"{number}.png", content, (1280, 720), seed=number)
+    _, out, _ = run("dataset", "check", tmp_path, "--resolution", "512")
+    assert re.findall(r"^  error +(\S+)", out, re.MULTILINE) == ["bbox-convention", "bbox"]

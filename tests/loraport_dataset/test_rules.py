@@ -337,3 +337,9 @@ def test_the_same_file_by_a_link_is_a_duplicate_too(tmp_path: Path) -> None:
 def rules_found(folder: Path, *rules: type[Rule]) -> list[str]:
     report = check([Source(folder, "dataset", Setting(IDEOGRAM4, resolution=64))], rules=rules)
     return list(report.rules)
+
+
+def test_a_caption_that_spells_the_trigger_word_otherwise_is_told_once(tmp_path: Path) -> None:
+    for number, word in enumerate(("mp_dog", "mp_dog", "MP_Dog")):
+        write_pair(tmp_path, f"{number}.png", {**CAPTION, "high_level_description": f"A {word} {number}."}, seed=number)
+    assert [one.rule for one in found(tmp_path, trigger_word="mp_dog")] == ["trigger-spelling"]

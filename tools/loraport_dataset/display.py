@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import typer
@@ -11,16 +12,15 @@ from loraport_dataset.findings import Checked, Report, RuleCount, printable
 
 _COLOURS = {"error": typer.colors.RED, "warning": typer.colors.YELLOW, "advice": typer.colors.CYAN}
 _WORDS = {"error": ("error", "errors"), "warning": ("warning", "warnings"), "advice": ("advice", "advice")}
-_ROWS = 15  #: of rules and of datasets, so that the summary stays one screen
-_WIDTH = 110
+_DATASETS, _ROWS = 5, 12  #: that are listed, so that the summary is one screen of 24 lines
 
 
 def show(report: Report, findings_file: Path | None) -> None:
     """Print the summary, then up to `report.keep` findings of each rule."""
-    for dataset in report.datasets[:_ROWS]:
+    for dataset in report.datasets[:_DATASETS]:
         typer.secho(_head(dataset, alone=len(report.datasets) == 1), bold=True)
-    if len(report.datasets) > _ROWS:
-        typer.echo(f"… and {len(report.datasets) - _ROWS} more datasets")
+    if len(report.datasets) > _DATASETS:
+        typer.echo(f"… and {len(report.datasets) - _DATASETS} more datasets")
     _summary(report)
     for counted in report.ordered():
         _details(counted, len(report.datasets) > 1)
@@ -39,10 +39,8 @@ def totals(report: Report) -> str:
 
 def _head(dataset: Checked, alone: bool) -> str:
     place = "" if alone else f" ({dataset.title})"
-    return (
-        f"{printable(dataset.folder)}{place}: {dataset.images:,} images, {dataset.captions:,} captions "
-        f"(.{dataset.caption_ext}), for {dataset.family} at {dataset.resolution} px"
-    )
+    counts = f"{_number(dataset.images, 'image')}, {_number(dataset.captions, 'caption')} (.{dataset.caption_ext})"
+    return f"{printable(dataset.folder)}{place}: {counts}, for {dataset.family} at {dataset.resolution} px"
 
 
 def _summary(report: Report) -> None:
@@ -96,5 +94,11 @@ def _count(count: int, severity: Severity) -> str:
     return f"{count:,} {_WORDS[severity][count != 1]}"
 
 
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
+
+
 def _cut(text: str) -> str:
-    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
+    """At most what is left of the terminal's width beside the severity."""
+    width = max(shutil.get_terminal_size((120, 24)).columns, 60) - 12
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -66,9 +66,15 @@ class Report:
         return counts
 
     def ordered(self) -> list[RuleCount]:
-        """The rules that are broken: errors first, then the most frequent."""
+        """The rules that are broken: errors first, of these what concerns a whole set, then the most frequent."""
         return sorted(
-            self.rules.values(), key=lambda one: (SEVERITIES.index(one.rule.severity), -one.count, one.rule.id)
+            self.rules.values(),
+            key=lambda one: (
+                SEVERITIES.index(one.rule.severity),
+                any(finding.file for _, finding in one.examples),
+                -one.count,
+                one.rule.id,
+            ),
         )
 
     def fails(self, strict: bool) -> bool:

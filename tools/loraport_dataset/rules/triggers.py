@@ -51,9 +51,10 @@ class Inconsistent(SetRule):
         word, caption = setting.trigger_word, image.caption
         if not word or caption is None or not caption.name or caption.unreadable or not caption.text.strip():
             return
-        if any(word in text for _, text in texts(caption)):
+        said = [text for _, text in texts(caption)]
+        if any(word in text for text in said):
             self._with += 1
-        else:
+        elif not any(_variants(word).search(text) for text in said):  # else its spelling is told
             self._without += 1
             if len(self._names) < _KEPT_NAMES:
                 self._names.append(caption.name)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from loraport.caption_sources import METADATA, read_columns
 from loraport.errors import DataError
 from loraport.files import cache_home, write_atomic
@@ -52,8 +54,9 @@ def on_disk(spec: TrainSpec, run_dir: Path | None, tell: Callable[[str], None] =
     pins = _read_pins(run_dir)
     for place in places:
         name = place["path"]
-        field = place.get("caption_field") or dataset["caption_field"]
-        fetched = fetch(name, pins.get(name), field)
+        in_files = place in dataset["sets"] and place["caption_ext"] is not None and place["caption_field"] is None
+        field = None if in_files else place.get("caption_field") or dataset["caption_field"]
+        fetched = fetch(name, pins.get(name), field, in_files)
         if pins.get(name) != fetched.commit:
             pins[name] = fetched.commit
             if run_dir is not None:
@@ -62,14 +65,21 @@ def on_disk(spec: TrainSpec, run_dir: Path | None, tell: Callable[[str], None] =
         place["path"] = str(fetched.folder)
         if "caption_field" in place:
             place["caption_field"] = fetched.caption_field
-    return TrainSpec.model_validate(content)
+    try:
+        return TrainSpec.model_validate(content)
+    except ValidationError as error:  # two names may turn out to be one commit
+        told = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise DataError(f"The datasets do not go together as they are on the hub now: {told}.") from error
 
 
-def fetch(name: str, commit: str | None = None, caption_field: str | None = None) -> Fetched:
+def fetch(
+    name: str, commit: str | None = None, caption_field: str | None = None, caption_files: bool = False
+) -> Fetched:
     """Download a dataset (`hub:owner/name[@revision]`) into the hub's cache, or find it there.
 
     commit: the one to take instead of the name's revision. caption_field: the column of captions, by default `text`
-    where there is one. Raises DataError as `on_disk` does.
+    where there is one, unless `caption_files` are wanted and there are images that these can be beside. Raises
+    DataError as `on_disk` does.
     """
     match = HUB_ID.fullmatch(name)
     assert match is not None, f"{name} is no dataset of the hub"
@@ -77,7 +87,9 @@ def fetch(name: str, commit: str | None = None, caption_field: str | None = None
     root = _download(repo, revision)
     folder = next((root / split for split in _SPLITS if _has_images(root / split)), root)
     if _has_images(folder):
-        return Fetched(folder, root.name, caption_field or (TEXT if TEXT in read_columns(folder) else None))
+        if caption_field is None and not caption_files and TEXT in read_columns(folder):
+            caption_field = TEXT
+        return Fetched(folder, root.name, caption_field)
     parquet = _parquet_files(root)
     if not parquet:
         raise DataError(

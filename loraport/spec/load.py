@@ -187,10 +187,10 @@ def _parse_override(text: str) -> dict[str, Any]:
 def _merge(content: dict[Any, Any], patch: dict[Any, Any], origin: str) -> None:
     for key, value in patch.items():
         old = content.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            _merge(old, value, origin)
-        elif isinstance(value, dict) and any(isinstance(name, int) for name in value):
+        if isinstance(value, dict) and any(isinstance(name, int) for name in value):
             content[key] = _merged_list(old, value, key, origin)
+        elif isinstance(value, dict) and isinstance(old, dict):
+            _merge(old, value, origin)
         else:
             content[key] = value
 
@@ -199,8 +199,8 @@ def _merged_list(old: Any, patch: dict[Any, Any], key: str, origin: str) -> list
     items = dict(enumerate(old if isinstance(old, list) else []))
     (index,) = patch
     if index not in items:
-        there = f"has [0] to [{len(items) - 1}]" if items else "is no list with anything in it"
-        raise SpecError(f"{origin}: {key}[{index}] is not there: {key} {there}.")
+        there = f"has [0] to [{len(items) - 1}]" if items else "is no list, or has nothing in it"
+        raise SpecError(f"{origin}: {key or 'spec'}[{index}] is not there: {key or 'a spec'} {there}.")
     _merge(items, patch, origin)
     return list(items.values())
 

@@ -205,7 +205,7 @@ class DatasetSection(Section):
         self._check_weights()
         seen: dict[tuple[Any, ...], int] = {}
         for number, one in enumerate(self.sets):
-            captions = one.caption_field or self.caption_field or one.caption_ext or self.caption_ext
+            captions = one.caption_field or one.caption_ext or self.caption_field or self.caption_ext
             first = seen.setdefault((str(one.path), one.resolution or self.resolution, captions), number)
             if first != number:
                 raise ValueError(

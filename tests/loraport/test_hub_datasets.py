@@ -75,7 +75,10 @@ def test_each_layout_becomes_a_folder_with_its_captions(hub: Hub, tmp_path: Path
     table = rows({"file_name": "b.png", "text": "in a table", "tags": "t"})
     hub.publish("me/table", {"data/train/b.png": png(), "data/train/metadata.jsonl": table, "data/test/c.png": png()})
     hub.publish("me/labels", {"d.png": png(), "d.txt": b"a file", "metadata.csv": b"file_name,label\nd.png,7\n"})
-    spec = content("hub:me/files", "hub:me/table", {"path": "hub:me/table", "caption_field": "tags"}, "hub:me/labels")
+    hub.publish("me/both", {"e.png": png(), "e.txt": b"chosen", "metadata.csv": b"file_name,text\ne.png,not this\n"})
+    both = {"path": "hub:me/both", "caption_ext": "txt"}
+    tags = {"path": "hub:me/table", "caption_field": "tags"}
+    spec = content("hub:me/files", "hub:me/table", tags, "hub:me/labels", both)
     (result,) = run(hub, tmp_path, (spec | {"dataset": {**spec["dataset"], "caption_ext": "txt"}}, None))
     found = result["spec"]["dataset"]["sets"]
     assert [captions(one) for one in found] == [
@@ -83,6 +86,7 @@ def test_each_layout_becomes_a_folder_with_its_captions(hub: Hub, tmp_path: Path
         {"b.png": "in a table"},
         {"b.png": "t"},
         {"d.png": "a file"},
+        {"e.png": "chosen"},
     ]
     assert not any("README" in path for path in hub.asked)
 
@@ -131,6 +135,12 @@ def test_what_the_hub_refuses_is_said_plainly(hub: Hub, tmp_path: Path) -> None:
         strict=True,
     ):
         assert all(words in error for words in says), error
+
+
+def test_two_names_of_one_commit_are_one_dataset(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.publish("me/set", {"a.png": png(), "a.txt": b"x"})
+    (result,) = run(hub, tmp_path, (content("hub:me/set", f"hub:me/set@{commit}", caption_ext="txt"), None))
+    assert "do not go together as they are on the hub now: sets[1] is sets[0] once more" in result["error"]
 
 
 def test_without_a_connection_that_is_what_is_said(tmp_path: Path) -> None:

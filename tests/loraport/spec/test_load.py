@@ -357,4 +357,6 @@ def test_the_same_folder_at_two_resolutions_or_with_two_captions_is_meant(write:
 def test_set_outside_the_list_says_how_long_it_is(write: Any) -> None:
     path = write(sets("path: a", "path: b"))
     assert "sets[2] is not there: sets has [0] to [1]" in refused(path, ["dataset.sets[2].path=c"])
-    assert "sets[0] is not there" in refused(write(MINIMAL), ["dataset.sets[0].path=c"])
+    for wrong in ("dataset.sets[0].path=c", "dataset[0].path=c", "datasets[0].path=c", "train.steps[0]=5", "[0]=3"):
+        assert "[0] is not there" in refused(write(MINIMAL), [wrong])
+    assert "dataset.sets[x]: no such field. Did you mean dataset.sets?" in refused(path, ["dataset.sets[x].path=c"])

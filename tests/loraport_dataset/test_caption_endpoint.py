@@ -7,11 +7,14 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,10 @@ from stand_ins.vision_service import Asked, Reply, VisionService, failed, said
 from typer.testing import CliRunner
 
 from loraport.cli.main import build_app
+from loraport.ideogram4 import IDEOGRAM4
+from loraport.rules import Setting
 from loraport_dataset.captioning import pace
+from loraport_dataset.captioning.form import Form
 
 KEY = "sk-very-secret-0123456789"
 CAPTION = {
@@ -349,6 +355,49 @@ def test_a_wrong_option_is_refused_and_no_secret_is_shown(dataset: Path, argumen
     assert said_back in told
     assert KEY not in told
     assert "secretpass" not in told
+
+
+def test_a_proxy_of_the_environment_is_not_used_for_this_machine(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with service([]) as running:
+        assert run(dataset, running.url)[0] == 0
+
+
+def test_a_key_over_plain_http_to_another_machine_is_warned_of(dataset: Path) -> None:
+    code, told = run(dataset, "http://service.invalid/v1", key=KEY)
+    assert code == 5
+    assert "warning: the key travels unencrypted" in told
+    assert KEY not in told
+
+
+def test_an_answer_in_parts_is_put_together_and_an_empty_one_sent_back(dataset: Path) -> None:
+    parts = [{"type": "text", "text": COMPACT[:40]}, {"type": "text", "text": COMPACT[40:]}]
+    with service([said("", content=None), said("", content=parts)]) as running:
+        assert run(dataset, running.url, "--parallel", 1)[0] == 0
+    assert "The answer is empty." in running.asked[1].user_texts()[-1]
+    assert set(captions(dataset).values()) == {COMPACT}
+
+
+def test_a_picture_that_claims_too_many_pixels_is_not_decoded(dataset: Path) -> None:
+    content = (dataset / "1.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + content[24:29]
+    (dataset / "1.png").write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    with service([]) as running:
+        code, told = run(dataset, running.url)
+    assert (code, sorted(captions(dataset))) == (4, ["0.json", "2.json"])
+    assert "1.png: the image has 3,600,000,000 pixels" in told
+
+
+def test_a_family_with_plain_captions_gets_one_line_of_text() -> None:
+    plain = replace(IDEOGRAM4, caption_format="text", caption_schema=None)
+    family = replace(plain, place_trigger=lambda text, word: f"{word} {text}")
+    form = Form(Setting(family, trigger_word="mp_dog"))
+    assert form.schema is None
+    assert form.read("<think>hm</think> A dog\nruns. ").caption == "mp_dog A dog runs."
+    assert form.read(" ").caption is None
 
 
 def test_two_pictures_that_would_share_a_caption_are_refused(dataset: Path) -> None:

@@ -213,6 +213,16 @@ def test_a_failure_midway_leaves_no_half_folder(dataset: Path, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
 
 
+def test_a_caption_of_ten_megabytes_and_a_loop_of_links_do_no_harm(dataset: Path, tmp_path: Path) -> None:
+    add(dataset, "c", "{" + " " * 10_000_000)
+    (dataset / "sub/loop").symlink_to(dataset)
+    code, told = run(dataset, "-o", tmp_path / "out")
+    assert code == 4
+    assert "c.json: error [caption-unreadable] The caption has 10,000,001 bytes" in told
+    assert (tmp_path / "out/c.json").stat().st_size == 10_000_001
+    assert not (tmp_path / "out/sub/loop").exists()
+
+
 def test_names_that_would_move_the_cursor_are_shown_harmless(dataset: Path, tmp_path: Path) -> None:
     add(dataset, "c\x1b[2J\n", UNFIXABLE)
     _, told = run(dataset, "-o", tmp_path / "out")

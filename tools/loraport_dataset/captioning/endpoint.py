@@ -139,9 +139,7 @@ class Endpoint:
                 raise Refused(f"the model declined: {self._short(str(message['refusal']))}")
             if choice.get("finish_reason") == "content_filter":
                 raise Refused("the service's content filter stopped the answer")
-            text = message["content"]
-            if not isinstance(text, str):
-                raise TypeError
+            text = _text(message["content"])
             tokens = [usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
             counted = [count if isinstance(count, int) else 0 for count in tokens]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -165,6 +163,15 @@ class Endpoint:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._service.key, "[key]") if self._service.key else text
+
+
+def _text(content: Any) -> str:
+    """The words of a message, which some services send in parts, and as null when the model said nothing."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part.get("type") == "text")
+    if not isinstance(content, str | None):
+        raise TypeError(f"{type(content)} is no text")
+    return content or ""
 
 
 def _turn(message: Message) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""Real trainers on a CPU with the tiny checkpoint: the native one always, the others where they are at hand.
+
+DiffSynth: LORAPORT_DIFFSYNTH_PYTHON, or its environment. All four: besides that LORAPORT_SIMPLETUNER_PYTHON,
+LORAPORT_AI_TOOLKIT and LORAPORT_AI_TOOLKIT_PYTHON, as in those backends' own tests; docs/bench.md has the command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from loraport.spec.yaml_text import dump_yaml
+from loraport_bench.records import Results
+
+TESTS = Path(__file__).parents[1]
+SOURCE = TESTS.parent / "examples" / "quickstart" / "images"
+STEPS = 4
+NEEDED = ("LORAPORT_SIMPLETUNER_PYTHON", "LORAPORT_AI_TOOLKIT", "LORAPORT_AI_TOOLKIT_PYTHON")
+
+
+def bench(folder: Path, backends: list[str], environment: dict[str, str], *options: str) -> Results:
+    """The results of a bench on three photographs, two of them trained, and one that all LoRAs are scored on."""
+    from loraport_native.tiny import write_tiny
+
+    (folder / "images").mkdir()
+    for name in ("cat", "coffee", "rocket"):
+        for suffix in ("jpg", "json"):
+            (folder / "images" / f"{name}.{suffix}").symlink_to(SOURCE / f"{name}.{suffix}")
+    content = {
+        "name": "real",
+        "model": {"checkpoint": str(write_tiny(folder / "tiny", "official"))},
+        "dataset": {"path": str(folder / "images"), "resolution": 64},
+        "lora": {"rank": 4},
+        "train": {"optimizer": "adamw", "learning_rate": 0.01},
+    }
+    (folder / "spec.yaml").write_text(dump_yaml(content))
+    command = [sys.executable, "-m", "loraport.cli.main", "bench", str(folder / "spec.yaml"), "-o", str(folder / "out")]
+    given = ["--backends", ",".join(backends), "--tiers", "matched", "--steps", str(STEPS), "--warm-up", "1"]
+    given += ["--held-out", "1", "--checkpoints", "2"]
+    done = subprocess.run(
+        [*command, *given, *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Results.read(folder / "out" / "results.json")
+
+
+def check(results: Results) -> None:
+    """Every row came to its end with the same work done, and a score that its training changed."""
+    assert results.complete
+    for run in results.runs:
+        assert run.status == "ok", run.failure
+        assert run.work is not None
+        assert (run.work.steps, run.work.images) == (STEPS, STEPS)
+        assert not run.work.differs, run.work
+        assert run.steps is not None
+        assert run.steps.seconds.median > 0
+        assert {"start", "load_quantise", "cache", "train", "save", "convert"} <= run.phases.keys(), run.phases
+        assert run.host_memory is not None
+        assert run.host_memory.by_phase["train"] > 100_000_000
+        assert run.host_memory.interval_s < 0.1
+        assert run.disk is not None
+        assert run.disk.cache_bytes > 0
+        assert "torch" in run.versions
+        assert run.quality is not None, run.notes
+        assert run.quality.loss != run.quality.without
+        assert [point.step for point in run.quality.curve] == [2, 4], run.notes
+        assert run.quality.without == results.runs[0].quality.without  # type: ignore[union-attr]  # one evaluator
+
+
+def test_the_native_trainer(tmp_path: Path) -> None:
+    results = bench(tmp_path, ["native"], {}, "--seeds", "0")
+    check(results)
+    (run,) = results.runs
+    assert run.steps is not None
+    assert run.steps.wall_mean == pytest.approx(run.steps.seconds.mean, rel=0.5)
+    assert run.quality is not None
+    assert run.quality.loss < run.quality.without
+
+
+@pytest.mark.slow
+def test_the_native_trainer_and_diffsynth_do_the_same_work(tmp_path: Path) -> None:
+    results = bench(tmp_path, ["native", "diffsynth"], diffsynth(tmp_path), "--seeds", "0,1")
+    check(results)
+    assert [run.backend for run in results.runs] == ["native", "diffsynth", "diffsynth", "native"]
+    assert "train.warmup_steps" in {each.path for each in results.inequalities["matched/spec"]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(any(name not in os.environ for name in NEEDED), reason=f"needs {', '.join(NEEDED)}")
+def test_all_four_trainers_do_the_same_work(tmp_path: Path) -> None:
+    environment = diffsynth(tmp_path)
+    pythons = json.loads((tmp_path / "home" / "config.yaml").read_text())["python"]
+    simpletuner = tmp_path / "simpletuner"
+    simpletuner.write_text(
+        f"#!/bin/sh\nexport PYTHONPATH='{TESTS / 'loraport_simpletuner' / 'harness'}' TINY_CHECKPOINT="
+        f"'{tmp_path / 'tiny'}'\nexec '{os.environ['LORAPORT_SIMPLETUNER_PYTHON']}' \"$@\"\n"
+    )
+    simpletuner.chmod(0o755)
+    toolkit = tmp_path / "ai-toolkit"
+    toolkit.mkdir()
+    for path in Path(os.environ["LORAPORT_AI_TOOLKIT"]).iterdir():
+        if path.name != "run.py":
+            (toolkit / path.name).symlink_to(path)
+    (toolkit / "real_run.py").symlink_to(Path(os.environ["LORAPORT_AI_TOOLKIT"]) / "run.py")
+    shutil.copyfile(TESTS / "loraport_ai_toolkit" / "harness" / "run.py", toolkit / "run.py")
+    pythons |= {"simpletuner": str(simpletuner), "ai-toolkit": os.environ["LORAPORT_AI_TOOLKIT_PYTHON"]}
+    (tmp_path / "home" / "config.yaml").write_text(json.dumps({"python": pythons}))
+    tiny_run = TESTS.parent / "adapters" / "loraport_ai_toolkit"
+    environment |= {"LORAPORT_AI_TOOLKIT": str(toolkit), "HARNESS_TINY": str(tiny_run)}
+    names = ["native", "diffsynth", "simpletuner", "ai-toolkit"]
+    on_cpu = ("--for", "ai-toolkit:backend.options.device=cpu")
+    check(bench(tmp_path, names, environment, "--seeds", "0", *on_cpu))
+
+
+def diffsynth(folder: Path) -> dict[str, str]:
+    """An environment in which DiffSynth is found; skips where it is not."""
+    from loraport.envs import find_interpreter, problem_with
+    from loraport_diffsynth.recipe import NAME, RECIPE
+
+    given = os.environ.get("LORAPORT_DIFFSYNTH_PYTHON")
+    python = find_interpreter(NAME, Path(given) if given else None)
+    problem = problem_with(python, RECIPE)
+    if problem is not None:
+        pytest.skip(f"set LORAPORT_DIFFSYNTH_PYTHON: {problem}")
+    (folder / "home").mkdir()
+    (folder / "home" / "config.yaml").write_text(json.dumps({"python": {"diffsynth": str(python)}}))
+    return {"LORAPORT_HOME": str(folder / "home")}

@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraport.caption_sources import read_column
 from loraport.errors import DataError
 from loraport.families import BYTES_PER_TOKEN, matches
 from loraport.footprint import Footprint, Phase
-from loraport.sets import image_sets, largest_resolution
+from loraport.sets import ImageSet, image_sets, largest_resolution
 
 if TYPE_CHECKING:
     from loraport.families import Dimensions, Family
@@ -72,11 +73,21 @@ def predict(spec: TrainSpec, family: Family, room_gib: float | None = None) -> F
 
 def longest_caption(spec: TrainSpec) -> int:
     """Tokens of the longest caption, by the sizes of the files; `ASSUMED_TEXT_TOKENS` where there are none."""
-    sets = [one for one in image_sets(spec.dataset) if one.path.is_dir()]
-    files = (file for one in sets for file in one.path.rglob(f"*.{one.caption_ext}"))
-    largest = max((file.stat().st_size for file in files), default=0)
+    largest = max((size for one in image_sets(spec.dataset) for size in _caption_sizes(one)), default=0)
     tokens = largest // BYTES_PER_TOKEN if largest else ASSUMED_TEXT_TOKENS
     return min(tokens, spec.dataset.max_text_tokens)
+
+
+def _caption_sizes(one: ImageSet) -> Iterable[int]:
+    """Bytes of each caption of a set; none of one that cannot be read, which those tell who train it."""
+    if not one.path.is_dir():
+        return []
+    if one.caption_field is None:
+        return (file.stat().st_size for file in one.path.rglob(f"*.{one.caption_ext}"))
+    try:
+        return [len(text.encode()) for text in read_column(one.path, one.caption_field).values()]
+    except DataError:
+        return []
 
 
 def dimensions_of(spec: TrainSpec, family: Family) -> Dimensions | None:

@@ -189,8 +189,9 @@ def _merge(content: dict[Any, Any], patch: dict[Any, Any], origin: str) -> None:
         old = content.get(key)
         if isinstance(value, dict) and any(isinstance(name, int) for name in value):
             content[key] = _merged_list(old, value, key, origin)
-        elif isinstance(value, dict) and isinstance(old, dict):
-            _merge(old, value, origin)
+        elif isinstance(value, dict):
+            content[key] = old if isinstance(old, dict) else {}
+            _merge(content[key], value, origin)
         else:
             content[key] = value
 

@@ -268,6 +268,24 @@ def test_the_longest_caption_is_reckoned_from_its_file(tmp_path: Path) -> None:
     assert footprint.longest_caption(spec(dataset={"path": str(tmp_path), "max_text_tokens": 64})) == 64
 
 
+def test_the_longest_caption_of_any_set_counts_and_so_does_the_largest_resolution(tmp_path: Path) -> None:
+    (tmp_path / "column").mkdir()
+    metadata = tmp_path / "column" / "metadata.jsonl"
+    metadata.write_text('{"file_name": "a.png", "text": "' + "x" * 600 + '"}\n')
+    (tmp_path / "a.txt").write_text("x" * 300)
+    sets = [
+        {"path": str(tmp_path), "caption_ext": "txt", "resolution": 2048},
+        {"path": str(tmp_path / "column"), "caption_field": "text"},
+        {"path": "hub:me/more"},
+    ]
+    several = spec(dataset={"path": None, "sets": sets})
+    assert footprint.longest_caption(several) == 200
+    metadata.write_text("broken")
+    assert footprint.longest_caption(several) == 100
+    found = predicted(dataset={"path": None, "sets": sets})
+    assert found.assumes["resolution"] == 2048
+
+
 def test_a_limit_on_the_memory_is_the_room_and_the_option_unbinds() -> None:
     options = {"memory_limit_gib": 5.5, "ignore_memory_prediction": True}
     found = predicted(23.5, backend={"options": options})

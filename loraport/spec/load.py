@@ -117,11 +117,13 @@ def _rename_aliases(content: dict[str, Any], notices: list[str], origin: str) ->
 
 def _rename_sets(content: dict[str, Any], notices: list[str], origin: str) -> None:
     """Move a list of data sets, written where other trainers have one, to dataset.sets, and name their fields."""
-    for key in ("datasets", "dataset"):
+    for key in ("dataset", "datasets"):
         if isinstance(content.get(key), list):
-            if "dataset" in content and key != "dataset":
+            sets = content.pop(key)
+            shared = content.setdefault("dataset", {})
+            if not isinstance(shared, dict) or "sets" in shared:
                 raise SpecError(f"{origin}: {key} and dataset.sets are the same field; keep one.")
-            content["dataset"] = {"sets": content.pop(key)}
+            shared["sets"] = sets
             notices.append(f"{origin}: read {key} as dataset.sets")
     for path, mapping in _sets(content):
         for key in [key for key in mapping if isinstance(key, str)]:

@@ -287,6 +287,11 @@ def test_a_list_as_other_trainers_have_it_is_read_with_a_notice(write: Any, tmp_
         assert notice in told
 
 
+def test_what_all_sets_share_may_stand_beside_their_list(write: Any) -> None:
+    spec = load_spec(write(f"{SETS}datasets: [{{path: a}}, {{path: b}}]\ndataset: {{resolution: 512}}\n")).spec
+    assert (spec.dataset.resolution, len(spec.dataset.sets)) == (512, 2)
+
+
 def test_set_reaches_into_the_list(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(sets("path: one", "path: two, weight: 1", "path: three, weight: 5"))
     (tmp_path / "here").mkdir()
@@ -342,7 +347,10 @@ def test_what_is_wrong_with_a_set_is_told_with_its_place(write: Any, entries: li
         ("dataset: {sets: [{path: a, weight: 1}], repeats: 2}", "sets[0] has a weight and repeats"),
         ("dataset: {sets: [5]}", "dataset.sets[0]: a section with fields belongs here: caption_dropout,"),
         ("dataset: {sets: 5}", "dataset.sets: input should be a valid list (got 5)"),
-        ("dataset: {path: a}\ndatasets: [{path: b}]", "datasets and dataset.sets are the same field; keep one"),
+        ("dataset: {path: a}\ndatasets: [{path: b}]", "dataset: give path (one folder) or sets (several), not both"),
+        ("dataset: {sets: [{path: a}]}\ndatasets: [{path: b}]", "datasets and dataset.sets are the same field; keep one"),
+        ("dataset: [{path: a}]\ndatasets: [{path: b}]", "datasets and dataset.sets are the same field; keep one"),
+        ("dataset: 5\ndatasets: [{path: b}]", "datasets and dataset.sets are the same field; keep one"),
     ],
 )
 def test_a_dataset_is_one_folder_or_several_sets(write: Any, dataset: str, says: str) -> None:

@@ -10,6 +10,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from loraport.cli.main import build_app
+from loraport.ideogram4 import IDEOGRAM4
+from loraport.rules import Setting
+from loraport_dataset.boxes import Convention
+from loraport_dataset.fixing.dataset import recognise_boxes
 
 GOOD = '{"high_level_description":"A dog.","compositional_deconstruction":{"background":"a wall","elements":[]}}'
 SPACED = json.dumps(json.loads(GOOD), indent=2)
@@ -42,7 +46,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def with_box(box: list[int], desc: str = "a thing") -> str:
+def with_box(box: list[float], desc: str = "a thing") -> str:
     element = {"type": "obj", "bbox": box, "desc": desc}
     return json.dumps(
         {"compositional_deconstruction": {"background": "", "elements": [element]}}, separators=(",", ":")
@@ -151,10 +155,25 @@ def test_boxes_that_could_be_x_or_y_first_stay_until_it_is_said(tmp_path: Path) 
     code, told = run(folder, "-o", tmp_path / "out")
     assert code == 4
     assert "the whole set: error [bbox-convention]" in told
-    assert "--boxes xy-corners-pixels or --boxes yx-corners-pixels" in told
+    assert "--boxes xy-corners-pixels, --boxes yx-corners-pixels, or --boxes official" in told
     assert files(tmp_path / "out") == files(folder)
     code, told = run(folder, "-o", tmp_path / "other", "--boxes", "yx-corners-pixels")
     assert (code, box(tmp_path / "other/1.json")) == (0, [50, 50, 1000, 950])
+
+
+def test_boxes_that_would_be_taken_for_yet_another_convention_once_converted_stay(tmp_path: Path) -> None:
+    """Shares of small pictures, x first as their captions say, all in the upper left half: in thousandths they would
+    keep within the pictures' 512 pixels and use them all."""
+    folder = tmp_path / "set"
+    for number in range(60):
+        add(folder, f"{number:02d}", with_box([0.05, 0.42, 0.1 + number / 1000, 0.5], "a lamp on the left"), (512, 512))
+    found = recognise_boxes(folder, Setting(IDEOGRAM4))
+    assert found is not None
+    assert found.convention == Convention("xy", "corners", "fraction")
+    code, told = run(folder, "-o", tmp_path / "out")
+    assert code == 4
+    assert "All boxes seem to be [xmin, ymin, xmax, ymax] in shares from 0 to 1" in told
+    assert files(tmp_path / "out") == files(folder)
 
 
 def test_a_convention_that_is_named_is_taken(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ class Recognised:
 
     convention: Convention
     evidence: str
-    is_certain: bool = True  #: False where nothing tells whether x or y comes first; then `convention` has x first
+    #: False where nothing tells whether x or y comes first (then `convention` has x first), and where the set would not
+    #: be read as official after it was converted
+    is_certain: bool = True
 
 
 def recognise_boxes(root: Path, setting: Setting) -> Recognised | None:
@@ -50,7 +52,18 @@ def recognise_boxes(root: Path, setting: Setting) -> Recognised | None:
     convention = statistics.convention()
     if convention is None:
         return None
-    return Recognised(convention, statistics.evidence(convention), statistics.is_certain(convention))
+    certain = statistics.is_certain(convention) and _settles(root, setting, convention)
+    return Recognised(convention, statistics.evidence(convention), certain)
+
+
+def _settles(root: Path, setting: Setting, convention: Convention) -> bool:
+    """Whether the set, once converted, is then read as official: fixing twice is fixing once."""
+    statistics = BoxStatistics()
+    for one in fix_dataset(root, setting, convention):
+        if one.fixed is not None and one.image.caption is not None:
+            caption = make_caption(one.image.caption.name, one.fixed.text, setting.family.caption_format)
+            statistics.see(caption.root, one.image.size)
+    return statistics.convention() is None
 
 
 def fix_dataset(root: Path, setting: Setting, convention: Convention | None = None) -> Iterator[FixedImage]:

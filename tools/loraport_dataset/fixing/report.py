@@ -43,10 +43,10 @@ class Report:
                 self.changes.append({"file": fixed.image.caption.name, **asdict(change)})
 
     def add_undecided_boxes(self, found: Recognised) -> None:
-        """Boxes of another convention that stay, as nothing tells whether x or y comes first."""
+        """Boxes of another convention that stay, as it is not certain which one it is."""
         rest = f"{found.convention.form}-{found.convention.unit}"
-        message = f"All boxes are as in {found.convention}, or with y first ({found.evidence}); nothing tells which."
-        fix = f"They stay as they are; say which with --boxes xy-{rest} or --boxes yx-{rest}."
+        message = f"All boxes seem to be {found.convention} ({found.evidence}), but that is not certain."
+        fix = f"They stay as they are; say it: --boxes xy-{rest}, --boxes yx-{rest}, or --boxes official."
         self.errors += 1
         self.left.append(Finding("", "", "bbox-convention", "error", message, fix))
 

@@ -70,8 +70,14 @@ FLUX1 = (
     single_blocks.#.linear1 <- single_blocks.#.to_qkv_mlp
     single_blocks.#.linear2 <- single_blocks.#.proj_out
     single_blocks.#.modulation.lin <- single_blocks.#.norm.linear
-    final_layer.adaLN_modulation.1 <-~ final_norm_out.linear
+    final_layer.adaLN_modulation.1 <- final_norm_out.linear
     final_layer.linear <- final_proj_out
+    time_in.in_layer <- time_embedder.timestep_embedder.0
+    time_in.out_layer <- time_embedder.timestep_embedder.2
+    guidance_in.in_layer <- guidance_embedder.timestep_embedder.0
+    guidance_in.out_layer <- guidance_embedder.timestep_embedder.2
+    vector_in.in_layer <- pooled_text_embedder.0
+    vector_in.out_layer <- pooled_text_embedder.2
 """
 )
 

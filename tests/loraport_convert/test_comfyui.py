@@ -129,7 +129,7 @@ def test_factors_have_the_asked_dtype_and_alpha_is_scale_times_rank_in_fp32(path
     assert tensors.metadata == {"title": "x", "format": "pt", "loraport.family": "ideogram4"}
 
 
-@pytest.mark.parametrize("kind", FACTORED)
+@pytest.mark.parametrize("kind", [kind for kind in FACTORED if kind != "lokr-tucker"])
 def test_factors_in_the_source_dtype_are_written_untouched(path, kind):
     factors = factors_of(kind, np.random.default_rng(1), dtype=ml_dtypes.bfloat16)
     COMFY.write(lora(LoraModule("m", factors, 0.3)), path, "bf16", {})
@@ -137,6 +137,15 @@ def test_factors_in_the_source_dtype_are_written_untouched(path, kind):
     assert {name: array.tobytes() for name, array in factors.arrays().items()} == {
         name: array.tobytes() for name, array in back.items()
     }
+
+
+def test_the_core_of_a_lokr_is_multiplied_out_since_comfyui_fails_on_it(path):
+    factors = factors_of("lokr-tucker", np.random.default_rng(21))
+    source = lora(LoraModule("m", factors, 0.3))
+    COMFY.write(source, path, None, {})
+    assert set(read_tensors(path)) == {"diffusion_model.m.lokr_w1", "diffusion_model.m.lokr_w2"}
+    assert read_tensors(path).shapes["diffusion_model.m.lokr_w2"] == (12, 10, 3, 3)
+    assert prove(source, COMFY.read(path)).worst.difference < 1e-6
 
 
 def test_a_lokr_with_both_factors_direct_has_its_scale_folded_in_fp32(path):

@@ -1,5 +1,7 @@
 """What ComfyUI's own loader does with converted files of every family. Needs COMFY_SRC, a checkout, and torch."""
 
+import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -12,10 +14,16 @@ from pathlib import Path
 import family_models as models
 import numpy as np
 import pytest
+from comfyui_kinds import KINDS, adapter, modules_for
+from small_loras import dense
 
+from loraport.lora.canonical import LoraFile, LoraModule, LowRank
 from loraport.lora.dialect import detect_dialect
 from loraport.lora.storage import read_tensors, write_tensors
 from loraport.plugins import plugins
+from loraport_convert.codec.keys import split
+from loraport_convert.families import FAMILIES
+from loraport_convert.inspection import inspect
 
 pytestmark = [
     pytest.mark.slow,
@@ -125,6 +133,71 @@ def keyed(factors, pattern):
     return tensors
 
 
+#: Ways of writing keys: what stands before a module and after it, and whether its dots become underscores.
+STYLES = {
+    "diffusers": ("transformer.", "lora_A.weight", "lora_B.weight"),
+    "unet": ("unet.", "lora_A.weight", "lora_B.weight"),
+    "bare": ("", "lora_A.default.weight", "lora_B.default.weight"),
+    "prefixed": ("diffusion_model.", "lora_A.weight", "lora_B.weight"),
+    "peft": ("base_model.model.", "lora_A.weight", "lora_B.weight"),
+    "doubled": ("transformer.base_model.model.", "lora_A.weight", "lora_B.weight"),
+    "kohya": ("lora_unet_", "lora_down.weight", "lora_up.weight"),
+    "onetrainer": ("lora_transformer_", "lora_down.weight", "lora_up.weight"),
+    "lycoris": ("lycoris_", "lora_down.weight", "lora_up.weight"),
+    "old": ("transformer.", "lora.down.weight", "lora.up.weight"),
+    "linear-layer": ("transformer.", "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+}
+_CLIP = [f"text_model.encoder.layers.0.{each}" for each in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")]
+_T5_LAYERS = ("0.SelfAttention.v", "1.DenseReluDense.wi_0", "1.DenseReluDense.wo")
+_T5 = [f"encoder.block.1.layer.{each}" for each in _T5_LAYERS]
+_WIDTHS = {"clip_l": 768, "clip_g": 1280, "t5xxl": 4096}
+
+
+def styled(factors, style):
+    start, down_ending, up_ending = STYLES[style]
+    tensors = {}
+    for name, (down, up) in factors.items():
+        key = start + (name.replace(".", "_") if start.endswith("_") else name)
+        alpha = np.array(3, np.float32)
+        tensors |= {f"{key}.{down_ending}": down, f"{key}.{up_ending}": up, f"{key}.alpha": alpha}
+    return tensors
+
+
+def encoder_modules(model):
+    """{canonical module: LoRA of it}, of a model's text encoders at their real sizes."""
+    family, rng, found = FAMILIES[models.family_of(model)], np.random.default_rng(5), {}
+    for encoder in family.encoders:
+        width = _WIDTHS[encoder]
+        wide = 10240 if encoder == "t5xxl" else 4 * width
+        for inner in _T5 if encoder == "t5xxl" else _CLIP:
+            rows = wide if inner.endswith(("fc1", "wi_0")) else width
+            columns = wide if inner.endswith("wo") else width
+            down, up = (rng.standard_normal(size).astype(np.float32) for size in ((2, columns), (rows, 2)))
+            name = f"text_encoders.{encoder}.transformer.{inner}"
+            found[name] = LoraModule(name, LowRank(down=down, up=up), 0.75)
+    return found
+
+
+def write_files(model, folder, dialects):
+    """Everything that ComfyUI is asked about a model."""
+    source = folder / f"{model}.safetensors"
+    write_tensors(source, keyed(trained(model), "transformer.{}"), {})
+    lora = detect_dialect(source, dialects).read(source)
+    assert lora.unread == ()
+    for target in ("comfyui", "kohya"):
+        dialects[target].write(lora, folder / model / f"{target}.safetensors", None, {})
+    if model in ITS_OWN:
+        write_tensors(folder / model / "own.safetensors", keyed(trained(model), ITS_OWN[model]), {})
+    kinds = {name: adapter(kind, name, shape)[0] for kind, name, shape in modules_for(model)}
+    dialects["comfyui"].write(LoraFile(lora.family, kinds), folder / model / "kinds.safetensors", None, {})
+    for style in STYLES:
+        write_tensors(folder / model / f"keys-{style}.safetensors", styled(trained(model), style), {})
+    if encoders := encoder_modules(model):
+        for target in ("comfyui", "kohya", "diffusers"):
+            name = f"encoders-{target}" if target != "diffusers" else "keys-encoders-diffusers"
+            dialects[target].write(LoraFile(lora.family, encoders), folder / model / f"{name}.safetensors", None, {})
+
+
 @pytest.fixture(scope="module")
 def comfy(tmp_path_factory):
     """The folder that one ComfyUI process filled."""
@@ -133,14 +206,7 @@ def comfy(tmp_path_factory):
         (folder / model).mkdir()
         state = {f"{name}.weight": shape for name, shape in models.natives(model).items()}
         told[model] = {"config": CONFIGS[model]} if model in CONFIGS else {"state": {**state, **MARKS[model]}}
-        source = folder / f"{model}.safetensors"
-        write_tensors(source, keyed(trained(model), "transformer.{}"), {})
-        lora = detect_dialect(source, dialects).read(source)
-        assert lora.unread == ()
-        for target in ("comfyui", "kohya"):
-            dialects[target].write(lora, folder / model / f"{target}.safetensors", None, {})
-        if model in ITS_OWN:
-            write_tensors(folder / model / "own.safetensors", keyed(trained(model), ITS_OWN[model]), {})
+        write_files(model, folder, dialects)
     (folder / "models.json").write_text(json.dumps(told))
     child = Path(__file__).with_name("families_child.py")
     command = [sys.executable, str(child), os.environ["COMFY_SRC"], str(folder)]
@@ -181,9 +247,25 @@ def test_comfyuis_model_has_exactly_the_native_modules_of_the_table(comfy, model
         assert (shape[0], int(np.prod(shape[1:]))) == (rows, columns), name
 
 
+def probed(change):
+    return change @ np.cos(np.arange(change.shape[1], dtype=np.float64))
+
+
+@functools.cache
+def wanted_of(model, name):
+    """ΔW @ p by ComfyUI's name of the weight, of what one of a model's files holds."""
+    if name == "kinds":
+        changes = {native: adapter(kind, native, shape)[1] for kind, native, shape in modules_for(model)}
+        return {f"diffusion_model.{native}.weight": probed(change) for native, change in changes.items()}
+    if name.startswith("encoders"):
+        modules = encoder_modules(model).values()
+        return {f"{each.name.removeprefix('text_encoders.')}.weight": probed(dense(each)) for each in modules}
+    return expected(model)
+
+
 def differences(folder, model, name):
     """How far ΔW @ p, as ComfyUI computes it, is from what was trained, by weight."""
-    found, wanted = dict(read_tensors(folder / model / f"{name}.probe")), expected(model)
+    found, wanted = dict(read_tensors(folder / model / f"{name}.probe")), wanted_of(model, name)
     return {
         key: float(np.linalg.norm(change - wanted[key]) / np.linalg.norm(wanted[key])) for key, change in found.items()
     }
@@ -203,15 +285,23 @@ def test_the_outcome_is_recorded(comfy):
                     "largest relative difference": max(differences(comfy, model, name).values()),
                 }
                 for name, lines in report(comfy, model)["files"].items()
-                if name != "own"
+                if name != "own" and not name.startswith("keys-")
+            },
+            "kinds": [f"{kind}: {native}" for kind, native, _ in modules_for(model)],
+            "modules that it does not find as they are written": {
+                style: len(not_found(comfy, model, f"keys-{style}")) for style in STYLES
             },
         }
         for model in MODELS
     }
     version = {}
     exec((Path(os.environ["COMFY_SRC"]) / "comfyui_version.py").read_text(), version)
+    command = ["git", "-C", os.environ["COMFY_SRC"], "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     content = {
         "comfyui": version["__version__"],
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
         **{package: importlib.metadata.version(package) for package in ("diffusers", "torch", "loraport")},
         "models": outcome,
     }
@@ -225,6 +315,53 @@ def test_comfyui_loads_every_key_and_computes_what_was_trained(comfy, model, tar
     apart = differences(comfy, model, target)
     assert set(apart) == set(expected(model)) - too_large(model)
     assert max(apart.values()) < 1e-4, apart
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_kind_of_adapter_does_in_comfyui_what_it_was_trained_to(comfy, model):
+    assert report(comfy, model)["files"]["kinds"] == []
+    apart = differences(comfy, model, "kinds")
+    assert set(apart) == {f"diffusion_model.{native}.weight" for _, native, _ in modules_for(model)}
+    assert len(apart) >= len(KINDS)
+    # An OFT's change nearly vanishes on the point of the probe, so that fp32 tells it less exactly.
+    assert max(apart.values()) < 1e-3, apart
+
+
+@pytest.mark.parametrize("target", ["comfyui", "kohya"])
+@pytest.mark.parametrize("model", [model for model in MODELS if FAMILIES[models.family_of(model)].encoders])
+def test_comfyui_applies_every_text_encoder(comfy, model, target):
+    name = f"encoders-{target}"
+    assert report(comfy, model)["files"][name] == []
+    apart = differences(comfy, model, name)
+    assert len(apart) == 3 * len(FAMILIES[models.family_of(model)].encoders)
+    assert max(apart.values()) < 1e-4, apart
+
+
+def not_found(folder, model, name):
+    """The modules of a file, under its own names, of which ComfyUI's loader says that it found no key."""
+    lines = report(folder, model)["files"][name]
+    keys = [line.removeprefix("lora key not loaded: ") for line in lines]
+    return {split(key)[0] for key in keys}
+
+
+@pytest.mark.parametrize("style", [*STYLES, "encoders-diffusers"])
+@pytest.mark.parametrize("model", MODELS)
+def test_inspect_knows_beforehand_which_modules_comfyui_does_not_find(comfy, model, style):
+    path = comfy / model / f"keys-{style}.safetensors"
+    if not path.exists():
+        pytest.skip("this model's text encoders are not changed by LoRAs")
+    verdict = inspect(path, plugins().dialects()).comfyui
+    assert set(verdict.skips) == not_found(comfy, model, f"keys-{style}")
+
+
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "unet"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_file_in_any_style_becomes_the_very_file_that_comfyui_loaded(comfy, tmp_path, model, style):
+    dialects, path = plugins().dialects(), comfy / model / f"keys-{style}.safetensors"
+    dialects["comfyui"].write(detect_dialect(path, dialects).read(path), tmp_path / "x.safetensors", None, {})
+    found, loaded = read_tensors(tmp_path / "x.safetensors"), read_tensors(comfy / model / "comfyui.safetensors")
+    assert set(found) == set(loaded)
+    assert all(found[key].tobytes() == loaded[key].tobytes() for key in loaded)
 
 
 @pytest.mark.parametrize("model", ITS_OWN)

@@ -26,7 +26,7 @@ from typing import Self
 import numpy as np
 
 from loraport.errors import DataError
-from loraport.lora.canonical import Array, ColumnScale, LoraFile, LoraModule, RowScale
+from loraport.lora.canonical import Array, ColumnScale, LoKr, LoraFile, LoraModule, RowScale
 from loraport.lora.lazy import LazyModules
 from loraport.lora.storage import Tensors, read_tensors
 from loraport.lora.streaming import stream_tensors
@@ -161,11 +161,24 @@ def _module(name: str, fields: Mapping[str, str], tensors: Tensors) -> LoraModul
 def _tensors(lora: LoraFile, dtype: str | None) -> Iterator[tuple[str, Array]]:
     for name, module in lora.modules.items():
         prefixed = name if name.startswith(keys.TEXT_ENCODERS) else PREFIX + name
+        module = _without_core(module)
         tensors = low_rank_tensors(module, dtype, ".lora_up.weight", ".lora_down.weight")
         for ending, array in (tensors or lycoris_tensors(module, dtype, "ComfyUI")).items():
             yield prefixed + ending, array
         if module.dora is not None:
             yield prefixed + keys.DORA_SCALE, _dora_scale(module.dora, name)
+
+
+def _without_core(module: LoraModule) -> LoraModule:
+    """A LoKr's Tucker core multiplied out in fp32: ComfyUI reads `lokr_t2`, but its product then fails on the layout of
+    the memory, and it leaves the module out."""
+    factors = module.factors
+    if not isinstance(factors, LoKr) or factors.t2 is None:
+        return module
+    _, side = factors.sides()
+    rows = side.shape[0]
+    whole = side.astype(np.float32).reshape(rows, -1, *factors.t2.shape[2:])
+    return replace(module, factors=LoKr(w1=factors.w1, w1_a=factors.w1_a, w1_b=factors.w1_b, w2=whole))
 
 
 def _dora_scale(dora: RowScale | ColumnScale, name: str) -> Array:

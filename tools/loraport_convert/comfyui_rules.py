@@ -1,11 +1,12 @@
 """What ComfyUI's loader does with a file as it is, told from the keys and shapes.
 
 Its rules for key endings and scale are those of the ComfyUI dialect. Which prefixes it takes in front of diffusers'
-names differs by architecture; the table is what its real loader accepted completely (ComfyUI 0.33).
+names differs by architecture; the table is what its real loader accepts (ComfyUI 0.33), and the tests ask it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,18 +15,23 @@ from loraport_convert.codec import keys
 from loraport_convert.families import FAMILIES
 from loraport_convert.families.rules import Span
 
-#: Family → the prefixes under which ComfyUI takes diffusers' names.
+#: Family → the prefixes under which ComfyUI takes diffusers' names, but for the two exceptions below.
 _DIFFUSERS_NAMES = {
     "flux1": ("transformer.", "", "lora_transformer_", "lycoris_"),
     "flux2": ("transformer.", "", "lora_transformer_", "lycoris_"),
     "qwen-image": ("transformer.", "diffusion_model.", "", "lora_unet_", "lycoris_"),
     "z-image": ("transformer.", "diffusion_model.", "", "lycoris_"),
-    "sd3": ("transformer.", "lora_transformer_", "lycoris_"),
-    "krea2": ("transformer.", "diffusion_model.", ""),
-    "sdxl": ("lora_unet_", "lycoris_"),
-    "sd15": ("lora_unet_", "lycoris_"),
+    "sd3": ("transformer.", "base_model.model.", "lora_transformer_", "lycoris_"),
+    "krea2": ("transformer.", "diffusion_model.", "", "lycoris_"),
+    "sdxl": ("unet.", "", "lora_unet_", "lycoris_"),
+    "sd15": ("unet.", "", "lora_unet_", "lycoris_"),
 }
+#: Of FLUX.2 it has no such names for what the blocks share.
+_SHARED_OF_FLUX2 = ("double_stream_modulation", "single_stream_modulation", "time_guidance_embed")
+#: Of Stable Diffusion it takes dotted names of attention as diffusers had them when they were processors.
+_ATTENTION = re.compile(r"\.(processor\.)?to_(?:[qkv]|out(\.0)?)$")
 _NATIVE = ("diffusion_model.", "lora_unet_")
+_BLOCKS = tuple(f"{root}{block}_block" for root in ("unet.", "") for block in ("down", "mid", "up"))
 _TEXT_ENCODERS = (
     "text_encoders.",
     "lora_te_",
@@ -71,6 +77,9 @@ def _known(prefixed: str, family: str | None) -> bool:
     if prefixed.startswith(_TEXT_ENCODERS):
         return True
     module = keys.parse(prefixed)
+    attention = _ATTENTION.search(prefixed) if family in ("sd15", "sdxl") and not module.flat else None
+    if attention is not None and not prefixed.startswith(_NATIVE):
+        return attention[1] is not None and attention[2] is None and prefixed.startswith(_BLOCKS)
     length = len(prefixed) - len(module.name)
     prefix = prefixed[:length]
     if prefixed[length:] != module.name:
@@ -80,7 +89,8 @@ def _known(prefixed: str, family: str | None) -> bool:
     native = FAMILIES[family].native(module.name, None, module.flat)
     if prefix in _NATIVE and (native is None or _same(native, module)):
         return native is not None
-    return prefix in _DIFFUSERS_NAMES.get(family or "", ()) and native is not None
+    lacks = family == "flux2" and module.name.startswith(_SHARED_OF_FLUX2)
+    return prefix in _DIFFUSERS_NAMES.get(family or "", ()) and native is not None and not lacks
 
 
 def _same(spans: tuple[Span, ...], module: keys.Module) -> bool:

@@ -39,12 +39,13 @@ def lengthen(tokenizer: PreTrainedTokenizerBase, caption: str, tokens: int) -> s
 
     words = caption.split()
     text, used = "", 0
-    while count(longer := f"{text} {words[used % len(words)]}".strip()) < tokens:
+    while count(f"{(longer := f'{text} {words[used % len(words)]}'.strip())} 7") <= tokens:
         text, used = longer, used + 1
-    # A digit is a token of its own for Qwen's tokenizer and for the random checkpoints'.
+    # A digit is a token of its own for Qwen's tokenizer and for the random checkpoints'. There is at least one: a space
+    # at the end would go when the caption is read.
     text += " "
     text += "7" * (tokens - count(text))
-    if count(text) != tokens:
+    if count(text.strip()) != tokens:
         raise DataError(f"No caption of exactly {tokens} tokens could be made with this checkpoint's tokenizer.")
     return text
 

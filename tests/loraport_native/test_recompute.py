@@ -67,7 +67,7 @@ def test_only_the_first_blocks_are_recomputed_when_asked(make_spec, make_trainer
 
 @pytest.mark.parametrize(("limit", "expected"), [(90, 3), (115, 2), (126, 1), (1000, 0)])
 def test_auto_recomputes_the_fewest_blocks_that_fit(monkeypatch, limit: int, expected: int) -> None:
-    """A model of four blocks that needs 100 bytes when all are recomputed and 10 more for each but the last that is not."""
+    """A model of four blocks that needs 100 bytes when all but the last are recomputed, 10 more for each other."""
     recomputed: list[int] = []
     probes: list[int] = []
     monkeypatch.setattr(module, "recompute", lambda model, mode, blocks: recomputed.append(blocks))

@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn
 
 from loraport.rules import Caption
 
+_BEGINS_LIKE_JSON = re.compile(r"(?:```\w*\s*)?\{\s*(?:[\"'}]|$)")
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')
 
 
@@ -42,8 +43,10 @@ def make_caption(name: str, text: str, caption_format: Literal["json", "text"], 
 
 
 def looks_like_json(text: str) -> bool:
-    """Whether a text is meant as JSON, also with something in front that must not be there."""
-    return "{" in text and text.rstrip().endswith("}")
+    """Whether a text is meant as JSON: it begins like an object or ends like one, also in a code fence (```json)."""
+    stripped = text.strip()
+    end = stripped.removesuffix("```").rstrip()
+    return "{" in stripped and (end.endswith("}") or _BEGINS_LIKE_JSON.match(stripped) is not None)
 
 
 def json_after(text: str) -> tuple[str, str] | None:
@@ -97,6 +100,8 @@ def _advice(text: str, error: json.JSONDecodeError) -> str:
         return "The caption is empty: write one."
     if text.startswith("\ufeff"):
         return "Save the file as UTF-8 without a byte order mark."
+    if text.lstrip().startswith("```"):
+        return "Take the code fence (```) away, at the end too."
     brace = text.find("{")
     if brace > 0 and text[:brace].strip() and not text.lstrip().startswith(("[", '"')):
         return f"There is text before the JSON ({text[:brace].strip()[:40]!r}): it belongs inside, or nowhere."

@@ -313,3 +313,14 @@ def test_what_concerns_the_whole_set_comes_before_its_many_consequences(tmp_path
         write_pair(tmp_path, f"{number}.png", content, (1280, 720), seed=number)
     _, out, _ = run("dataset", "check", tmp_path, "--resolution", "512")
     assert re.findall(r"^  error +(\S+)", out, re.MULTILINE) == ["bbox-convention", "bbox"]
+
+
+def test_without_imagehash_pixels_are_refused_before_anything_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pair(tmp_path, "a.png")
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    code, out, err = run("dataset", "check", tmp_path, "--pixels", "--json")
+    assert (code, out) == (3, "")
+    assert "pip install 'loraport[dataset]'" in err
+    assert run("dataset", "check", tmp_path, "--json", *SMALL)[0] == 0

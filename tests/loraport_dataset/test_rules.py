@@ -343,3 +343,13 @@ def test_a_caption_that_spells_the_trigger_word_otherwise_is_told_once(tmp_path:
     for number, word in enumerate(("mp_dog", "mp_dog", "MP_Dog")):
         write_pair(tmp_path, f"{number}.png", {**CAPTION, "high_level_description": f"A {word} {number}."}, seed=number)
     assert [one.rule for one in found(tmp_path, trigger_word="mp_dog")] == ["trigger-spelling"]
+
+
+def test_images_share_a_caption_also_when_others_stand_between_their_names(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a.jpg", {"background": "a wall"})
+    write_pair(tmp_path, "a.k.jpg", seed=1)
+    write_image(tmp_path / "a.png", seed=2)
+    write_image(tmp_path / "sub" / "a.png", seed=3)
+    told = [(one.rule, one.file) for one in found(tmp_path)]
+    assert told.count(("caption-shared", "a.png")) == 1
+    assert [file for rule, file in told if rule == "root"] == ["a.json", "a.json"]  # once, not once an image

@@ -78,7 +78,8 @@ class _Check:
         self._sets = [rule for rule in _of(SetRule, rules, self._setting) if pixels or not rule.needs_pixels]
         self._strays = _of(StrayRule, rules, self._setting)
         self._captions = _of(CaptionRule, rules, self._setting)
-        self._last_caption = ""
+        self._folder = ""
+        self._told: set[str] = set()  #: captions of the folder that were checked; several images may share one
 
     def run(self, progress: Progress | None) -> None:
         setting, source = self._setting, self._source
@@ -122,9 +123,12 @@ class _Check:
         for rule in self._images:
             self._tell(rule, partial(rule.check, image, setting), image.name)
         caption = image.caption
-        if caption is not None and caption.name and caption.name != self._last_caption:
+        folder = image.name.rpartition("/")[0]
+        if folder != self._folder:
+            self._folder, self._told = folder, set()
+        if caption is not None and caption.name and caption.name not in self._told:
             self._caption(caption, caption.name)
-            self._last_caption = caption.name
+            self._told.add(caption.name)
         for whole in self._sets:
             self._tell(whole, partial(_see, whole, image, setting), image.name)
 

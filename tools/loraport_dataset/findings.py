@@ -97,15 +97,16 @@ class FindingsWriter:
 
     def __init__(self, file: TextIO):
         self._file = file
-        self._first = True
-        file.write(f'{{"version": {FORMAT_VERSION},\n"findings": [')
+        self._before = f'{{"version": {FORMAT_VERSION},\n"findings": [\n'
 
     def __call__(self, dataset: str, finding: Finding) -> None:
         content = {"dataset": dataset, **asdict(finding)}
-        self._file.write(("\n" if self._first else ",\n") + json.dumps(content, ensure_ascii=False))
-        self._first = False
+        self._file.write(self._before + json.dumps(content, ensure_ascii=False))
+        self._before = ",\n"
 
     def finish(self, report: Report) -> None:
+        """Write what is left; without this call nothing whole is there."""
+        self._file.write("" if self._before == ",\n" else self._before)
         self._file.write("\n],\n")
         self._file.write(json.dumps(report.summary(), ensure_ascii=False, indent=2)[1:].lstrip("\n") + "\n")
 

@@ -95,6 +95,8 @@ def read_header(path: Path, name: str, caption: Caption | None = None, meant: tu
         why = "this is a link that leads nowhere"
     except OSError as error:
         why = f"the file cannot be read: {error.strerror or error}"
+    except Exception as error:  # decoders raise many types over damaged files
+        why = f"the image's header is damaged ({error})"
     return ScannedImage(
         path,
         name,

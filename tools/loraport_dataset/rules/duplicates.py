@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraport.errors import DataError
+from loraport.errors import SpecError
 from loraport.rules import Problem, ScannedImage, SetRule, Setting
 
 if TYPE_CHECKING:
@@ -114,11 +114,11 @@ class NearDuplicate(SetRule):
 
 
 def _perceptual_hash() -> Callable[[PIL.Image.Image], int]:
-    """imagehash's phash as a number. Raises DataError where the library is not installed."""
+    """imagehash's phash as a number. Raises SpecError where the library is not installed."""
     try:
         from imagehash import phash
     except ImportError as error:
-        raise DataError(
+        raise SpecError(
             "Near duplicates are found with the package imagehash, which is not installed.",
             hint="pip install 'loraport[dataset]'",
         ) from error

@@ -105,14 +105,18 @@ class SharedCaption(SetRule):
     fix = "Rename one of the images and give it a caption of its own."
 
     def __init__(self) -> None:
-        self._last = ("", "")
+        self._folder = ""
+        self._images: dict[str, str] = {}  #: of the folder: caption → the first image that has it
         self._found: list[tuple[str, str]] = []
 
     def see(self, image: ScannedImage, setting: Setting) -> None:
         name = image.caption.name if image.caption is not None else ""
-        if name and name == self._last[0]:  # images come in the order of their names, so sharers are neighbours
-            self._found.append((image.name, self._last[1]))
-        self._last = (name, image.name)
+        folder = image.name.rpartition("/")[0]
+        if folder != self._folder:
+            self._folder, self._images = folder, {}
+        first = self._images.setdefault(name, image.name)
+        if name and first != image.name:
+            self._found.append((image.name, first))
 
     def problems(self, setting: Setting) -> Iterator[Problem]:
         for name, other in self._found:

@@ -74,8 +74,9 @@ class _Check:
     def __init__(self, source: Source, rules: list[type[Rule]], pixels: bool, report: Report, sink: Sink | None):
         self._source, self._setting, self._pixels = source, source.setting, pixels
         self._report, self._sink = report, sink
-        self._images = [rule for rule in _of(ImageRule, rules, self._setting) if pixels or not rule.needs_pixels]
-        self._sets = [rule for rule in _of(SetRule, rules, self._setting) if pixels or not rule.needs_pixels]
+        rules = [rule for rule in rules if pixels or not getattr(rule, "needs_pixels", False)]
+        self._images = _of(ImageRule, rules, self._setting)
+        self._sets = _of(SetRule, rules, self._setting)
         self._strays = _of(StrayRule, rules, self._setting)
         self._captions = _of(CaptionRule, rules, self._setting)
         self._folder = ""

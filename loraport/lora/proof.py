@@ -14,7 +14,8 @@ U·(D − D') + (U − U')·D' is a sum of two small terms, whose norm follows f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, cast
 
 import numpy as np
@@ -80,6 +81,13 @@ class ModuleProof:
     def ok(self) -> bool:
         return self.difference <= self.tolerance
 
+    @property
+    def used(self) -> float:
+        """How much of its tolerance the difference takes: 1 is all of it."""
+        if self.difference == 0 or self.tolerance == 0:
+            return 0.0 if self.difference == 0 else math.inf
+        return self.difference / self.tolerance
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -95,7 +103,7 @@ class Proof:
     @property
     def worst(self) -> ModuleProof | None:
         """The module that uses most of its tolerance."""
-        return max(self.modules, key=lambda module: module.difference / module.tolerance, default=None)
+        return max(self.modules, key=lambda module: module.used, default=None)
 
     @property
     def zeros(self) -> tuple[str, ...]:
@@ -155,15 +163,18 @@ class Proof:
         }
 
 
-def prove(source: LoraFile, written: LoraFile, both_rounded: bool = False) -> Proof:
+def prove(
+    source: LoraFile, written: LoraFile, both_rounded: bool = False, kept: Collection[str] = frozenset()
+) -> Proof:
     """Compare what two files mean, module by module, allowing for the rounding of the written one.
 
-    With `both_rounded` neither is the source: the rounding of the coarser of the two dtypes is allowed. Raises
-    DataError when a DoRA part lacks the norms of the base weights in both files.
+    With `both_rounded` neither is the source: the rounding of the coarser of the two dtypes is allowed. `kept` modules
+    were not to be rounded: where they are stored alike in both files nothing at all may differ. Raises DataError when a
+    DoRA part lacks the norms of the base weights in both files.
     """
 
     def compare(name: str) -> ModuleProof:
-        return _compare(source.modules[name], written.modules[name], both_rounded)
+        return _compare(source.modules[name], written.modules[name], both_rounded, name in kept)
 
     common = [name for name in source.modules if name in written.modules]
     return Proof(
@@ -175,13 +186,19 @@ def prove(source: LoraFile, written: LoraFile, both_rounded: bool = False) -> Pr
     )
 
 
-def _compare(a: LoraModule, b: LoraModule, both_rounded: bool) -> ModuleProof:
+def _compare(a: LoraModule, b: LoraModule, both_rounded: bool, kept: bool) -> ModuleProof:
     rounded = [*b.factors.arrays().values(), *(a.factors.arrays().values() if both_rounded else ())]
-    tolerance = max(_TOLERANCE.get(array.dtype.name, _LOSSLESS) for array in rounded)
-    if _same_dora(a.dora, b.dora) and (a.dora is None or a.scale == b.scale) and _same_numbers(a.factors, b.factors):
+    tolerance = _LOSSLESS if kept else max(_TOLERANCE.get(array.dtype.name, _LOSSLESS) for array in rounded)
+    same = _same_numbers(a.factors, b.factors)
+    if same and _same_dora(a.dora, b.dora) and (a.dora is None or a.scale == b.scale):
         empty = _is_zero(a.factors) and a.dora is None
         difference = 0.0 if empty else _relative(abs(a.scale - b.scale), abs(a.scale))
         return ModuleProof(a.name, b.factors.kind, None, difference, tolerance, empty or a.scale == 0, IDENTICAL)
+    proof = _compare_products(a, b, tolerance)
+    return replace(proof, tolerance=0.0) if kept and not same and _stored_alike(a, b) else proof
+
+
+def _compare_products(a: LoraModule, b: LoraModule, tolerance: float) -> ModuleProof:
     if "verbatim" in (a.factors.kind, b.factors.kind):
         return ModuleProof(a.name, b.factors.kind, None, math.inf, tolerance, zero=False)
     if isinstance(a.dora, ColumnScale) or isinstance(b.dora, ColumnScale):
@@ -231,6 +248,12 @@ def _same_numbers(a: Factors, b: Factors) -> bool:
         return False
     mine, other = a.arrays(), b.arrays()
     return mine.keys() == other.keys() and all(same_bits(mine[name], other[name]) for name in mine)
+
+
+def _stored_alike(a: LoraModule, b: LoraModule) -> bool:
+    """Whether both have arrays of the same names, dtypes and shapes, and the same scale but for the rounding of it."""
+    mine, other = ({name: (x.dtype, x.shape) for name, x in each.factors.arrays().items()} for each in (a, b))
+    return mine == other and math.isclose(a.scale, b.scale, rel_tol=_LOSSLESS)
 
 
 def _same_dora(a: RowScale | ColumnScale | None, b: RowScale | ColumnScale | None) -> bool:

@@ -89,10 +89,14 @@ class Tensors(Mapping[str, Array]):
             )
         begin, end = entry["data_offsets"]
         raw = np.empty(end - begin, np.uint8)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._start + begin)
-            if _fill(file, raw) != end - begin:
-                raise DataError(f"{self.path}: tensor {name} is cut short; the file changed while it was being read.")
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self._start + begin)
+                whole = _fill(file, raw) == end - begin
+        except OSError as error:
+            raise DataError(f"{self.path}: tensor {name} cannot be read: {error.strerror or error}.") from error
+        if not whole:
+            raise DataError(f"{self.path}: tensor {name} is cut short; the file changed while it was being read.")
         try:
             return raw.view(dtype).reshape(entry["shape"])
         except (ValueError, OverflowError) as error:

@@ -1,6 +1,8 @@
 import json
+import struct
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -68,6 +70,66 @@ def test_a_writer_that_does_this_is_caught_and_leaves_no_output(tmp_path, fault)
         publish(fused(), target, [])
     assert list(tmp_path.iterdir()) == []
     assert publish(fused(), replace(target, writer=ComfyUI()), []).proof.ok
+
+
+def flipped(path, name):
+    """Change the last bit of a tensor's last number."""
+    raw = bytearray(path.read_bytes())
+    (length,) = struct.unpack("<Q", raw[:8])
+    _, end = json.loads(raw[8 : 8 + length])[name]["data_offsets"]
+    size = read_tensors(path)[name].dtype.itemsize
+    raw[8 + length + end - size] ^= 1
+    path.write_bytes(raw)
+
+
+class Flipping(ComfyUI):
+    """A writer, or a disk, that changes one bit of the tensor `name`."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def write(self, lora, path, dtype, metadata):
+        super().write(lora, path, dtype, metadata)
+        flipped(path, self.name)
+
+
+def large(dtype):
+    """A LoRA with so many numbers that one of them hardly counts."""
+    rng = np.random.default_rng(4)
+    factors = LowRank(down=rng.standard_normal((32, 768)), up=rng.standard_normal((2304, 32)))
+    module = LoraModule("layers.0.attention.qkv", factors.map(lambda _, array: array.astype(dtype)), 1 / 3)
+    return LoraFile("ideogram4", {module.name: module})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("end", ["lora_up.weight", "lora_down.weight"])
+def test_one_flipped_bit_is_caught_where_nothing_was_to_be_rounded(tmp_path, dtype, end):
+    name = f"diffusion_model.layers.0.attention.qkv.{end}"
+    target = Target(tmp_path / "out.safetensors", Flipping(name))
+    with pytest.raises(DataError, match=r"not written.*attention\.qkv differs"):
+        publish(large(dtype), target, [])
+    assert list(tmp_path.iterdir()) == []
+    proof = publish(large(dtype), replace(target, writer=ComfyUI()), []).proof
+    assert (proof.ok, [module.method for module in proof.modules]) == (True, ["identical bytes"])
+
+
+def test_a_flipped_bit_of_alpha_is_within_what_alpha_itself_is_rounded_by(tmp_path):
+    name = "diffusion_model.layers.0.attention.qkv.alpha"
+    (module,) = publish(large(np.float32), Target(tmp_path / "out.safetensors", Flipping(name)), []).proof.modules
+    assert 0 < module.difference < 2e-7
+
+
+def test_what_is_rounded_on_purpose_may_differ_by_its_rounding_and_is_multiplied(tmp_path):
+    target = Target(tmp_path / "out.safetensors", ComfyUI(), dtype="bf16")
+    (module,) = publish(large(np.float32), target, []).proof.modules
+    assert module.method == "products in fp64"
+    assert 1e-4 < module.difference < module.tolerance
+
+
+def test_the_proof_beside_the_file_says_how_each_module_was_compared(tmp_path):
+    publish(large(np.float16), Target(tmp_path / "out.safetensors", ComfyUI()), [])
+    (row,) = json.loads((tmp_path / "out.proof.json").read_text())["modules"]
+    assert (row["method"], row["ok"], row["difference"] < 1e-7) == ("identical bytes", True, True)
 
 
 def test_a_writer_that_makes_a_dora_scale_of_one_axis_is_caught(tmp_path):

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from loraport.errors import DataError
+from loraport.errors import DataError, RunFolderError
 from loraport.files import write_atomic
 from loraport.lora.canonical import LoraFile, LoraModule
 from loraport.lora.dialect import WritableDialect
@@ -29,6 +29,7 @@ from loraport.lora.storage import read_tensors
 from loraport.lora.streaming import replace_metadata
 from loraport_convert.approximation import Loss, truncated, whole
 from loraport_convert.reading import read_back
+from loraport_convert.stopping import undivided
 
 Approximate = Literal["svd", "diff"]
 PROOF_KEY = "loraport.proof"
@@ -89,7 +90,7 @@ def publish(source: LoraFile, target: Target, inputs: Collection[Path]) -> Publi
     """Write `source` to its place, with the proof in its metadata and in `<name>.proof.json` beside it.
 
     Raises DataError when the output would replace an input or another file, or when what was written does not mean
-    what was asked within the dtype's rounding; then there is no output.
+    what was asked within the dtype's rounding, and RunFolderError when it cannot be written; then there is no output.
     """
     check_target(target, inputs)
     with _draft_folder(target.path) as folder:
@@ -97,7 +98,8 @@ def publish(source: LoraFile, target: Target, inputs: Collection[Path]) -> Publi
         # The proof comes when the data is written: this leaves room for it in the header.
         room = " " * (400 + sum(len(name) + 30 for name in source.modules))
         lossy = _write(source, target, draft, carried(source.metadata) | {PROOF_KEY: room})
-        proof = prove(source, read_back(target.writer, draft))
+        kept = source.modules.keys() - lossy.keys() if target.dtype is None else set[str]()
+        proof = prove(source, read_back(target.writer, draft), kept=kept)
         approximated = tuple(module.name for module in proof.modules if module.name in lossy and not module.ok)
         norms = {name: each.norm for name, each in lossy.items()}
         published = Published(target.path, proof, approximated, norms)
@@ -117,22 +119,29 @@ def publish(source: LoraFile, target: Target, inputs: Collection[Path]) -> Publi
 
 @contextmanager
 def _draft_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, which goes with all that is in it. The output's own folder is made for it."""
-    made = not path.parent.exists()
+    """A hidden folder beside the output, which goes with all that is in it. The output's own folder is made for it.
+
+    Raises RunFolderError for whatever cannot be written until its end.
+    """
+    made, folder = False, None
     try:
-        path.parent.mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"))
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be written: {error.strerror or error}.", hint="Choose another -o OUT."
-        ) from error
-    try:
+        with undivided():
+            made = not path.parent.exists()
+            path.parent.mkdir(exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"))
         yield folder
+    except OSError as error:
+        raise RunFolderError(
+            f"{path} cannot be written: {error.strerror or error}.",
+            hint="Free some space or choose another -o OUT; what was there before is unchanged.",
+        ) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if made:
-            with suppress(OSError):  # it holds the output
-                path.parent.rmdir()
+        with undivided():
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            if made:
+                with suppress(OSError):  # it holds the output
+                    path.parent.rmdir()
 
 
 def _move(folder: Path, target: Target, inputs: Collection[Path]) -> None:
@@ -147,14 +156,12 @@ def _move(folder: Path, target: Target, inputs: Collection[Path]) -> None:
             raise DataError(
                 f"{place}, which comes with {target.path.name}, exists already.", hint="Choose another -o OUT."
             )
-    try:
-        with open(folder / target.path.name, "rb") as written:
-            os.fsync(written.fileno())
+    with open(folder / target.path.name, "rb") as written:
+        os.fsync(written.fileno())
+    with undivided():
         for each in beside:
             os.replace(each, places[each])
         os.replace(folder / target.path.name, target.path)
-    except OSError as error:
-        raise DataError(f"{target.path} cannot be written: {error.strerror or error}.") from error
 
 
 def carried(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from loraport_convert.commands.options import (
     scale_of,
     writer_named,
 )
+from loraport_convert.stopping import stoppable
 
 if TYPE_CHECKING:
     from loraport_convert.publishing import Published
@@ -58,6 +59,7 @@ DoraAs = Annotated[
 
 def add_commands(cli: typer.Typer) -> None:
     @cli.command()
+    @stoppable()
     def convert(
         files: Files,
         out: Out = None,

@@ -20,6 +20,7 @@ from loraport_convert.commands.options import (
     scale_of,
     writer_named,
 )
+from loraport_convert.stopping import stoppable
 
 Ingredients = Annotated[
     list[str],
@@ -29,6 +30,7 @@ Ingredients = Annotated[
 
 def add_commands(cli: typer.Typer) -> None:
     @cli.command()
+    @stoppable()
     def merge(
         ingredients: Ingredients,
         out: OutFile,

@@ -21,6 +21,7 @@ from loraport_convert.commands.options import (
     scale_of,
     writer_named,
 )
+from loraport_convert.stopping import stoppable
 
 if TYPE_CHECKING:
     from loraport_convert.publishing import Published
@@ -30,6 +31,7 @@ Rank = Annotated[int, typer.Option("--rank", min=1, help="The rank of each modul
 
 def add_commands(cli: typer.Typer) -> None:
     @cli.command()
+    @stoppable()
     def resize(
         path: LoraPath,
         rank: Rank,

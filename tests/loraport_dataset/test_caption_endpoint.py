@@ -341,6 +341,8 @@ def test_a_service_that_knows_no_schemas_is_told_with_the_way_out(dataset: Path)
         (["--endpoint", "http://user:secretpass@127.0.0.1/v1"], "user name or password"),
         (["--endpoint", "localhost:8000"], "not a URL"),
         (["--endpoint", "http://127.0.0.1:99999/v1"], "not a URL"),
+        (["--endpoint", "http://ü..de/v1"], "not a URL"),
+        (["--model", ""], "--model is not a name"),
         (["--key-env", KEY], "names no environment variable"),
         (["--key-env", "NOT_SET"], "(NOT_SET)"),
         (["--local"], "either --endpoint URL, or --local"),
@@ -379,6 +381,38 @@ def test_an_answer_in_parts_is_put_together_and_an_empty_one_sent_back(dataset: 
         assert run(dataset, running.url, "--parallel", 1)[0] == 0
     assert "The answer is empty." in running.asked[1].user_texts()[-1]
     assert set(captions(dataset).values()) == {COMPACT}
+
+
+def test_what_a_service_says_cannot_move_the_cursor_nor_break_a_file(dataset: Path) -> None:
+    half = json.dumps(CAPTION | {"high_level_description": "A red square. X"}).replace("X", "\ud83d")
+    with service([failed(400, "no \x1b[2J!"), said(half)]) as running:
+        code, told = run(dataset, running.url, "--parallel", 1)
+    assert (code, len(captions(dataset))) == (4, 2)
+    assert "0.png: HTTP 400: no \\x1b[2J!" in told
+    assert json.loads(captions(dataset)["1.json"])["high_level_description"] == "A red square. ?"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_has_the_name_of_a_caption_and_is_none_is_let_be(dataset: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(dataset / "1.json")
+    else:
+        (dataset / "1.json").mkdir()
+    with service([]) as running:
+        assert run(dataset, running.url)[0] == 0
+    assert len(running.asked) == 2
+    assert not (dataset / "1.json").is_file()
+
+
+def test_a_folder_for_captions_that_cannot_be_made_is_told(dataset: Path, tmp_path: Path) -> None:
+    (dataset / "sub").mkdir()
+    Image.new("RGB", (64, 64)).save(dataset / "sub/a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sub").touch()
+    with service([]) as running:
+        code, told = run(dataset, running.url, "-o", tmp_path / "out")
+    assert code == 7
+    assert "out/sub cannot be made" in told
 
 
 def test_a_picture_that_claims_too_many_pixels_is_not_decoded(dataset: Path) -> None:

@@ -13,27 +13,36 @@ from typing import Any
 
 import httpx2
 
-from loraport.errors import BackendError
+from loraport.errors import BackendError, SpecError
 from loraport_dataset.captioning.answers import Answer, Message, Refused, Unanswered
 from loraport_dataset.captioning.pace import Pace, retry_after
 from loraport_dataset.captioning.service import Service, check_service
+from loraport_dataset.findings import printable
 
 #: No caption is longer, and a service that sends on and on fills no memory.
 MAX_ANSWER_BYTES = 4_000_000
 #: A service that wants to be left alone for longer is one to come back to later.
 LONGEST_WAIT = 600.0
+#: Beside 5xx, what HTTP means to pass: request timeout, too early, too many requests.
+_PASSING = (408, 425, 429)
 _TOLD_CHARACTERS = 300
 
 
 class Endpoint:
     """A describer over HTTP. One client for all workers; at most `attempts` requests for one answer.
 
-    Too many requests (429), errors of the service (5xx) and of the network, and answers that are none are
-    tried again: after what Retry-After asks for, else after a growing time.
+    Too many requests (429), errors of the service (5xx) and of the network, and answers that are none are tried again:
+    after what Retry-After asks for, else after a growing time.
     """
 
     def __init__(self, service: Service, pace: Pace):
         check_service(service)
+        try:
+            self._url = httpx2.URL(service.address)
+        except httpx2.InvalidURL as error:
+            raise SpecError(
+                f"--endpoint is not a URL: {error}.", hint="Write it like http://localhost:8000/v1."
+            ) from error
         self._service, self._pace = service, pace
         headers = {"Authorization": f"Bearer {service.key}"} if service.key else {}
         self._client = httpx2.AsyncClient(
@@ -66,7 +75,7 @@ class Endpoint:
                 if answer is not None:
                     return answer
                 problem = f"HTTP {status}{self._said(data)}"
-                if status not in (200, 429) and status < 500:
+                if status not in (200, *_PASSING) and status < 500:
                     raise self._final(status, problem)
                 wait = retry_after(headers.get("retry-after"))
             failures += 1
@@ -97,7 +106,7 @@ class Endpoint:
         headers = {"Content-Type": "application/json"}
         async with (
             asyncio.timeout(self._service.timeout),  # httpx's own is started anew by every byte
-            self._client.stream("POST", self._service.address, content=body, headers=headers) as response,
+            self._client.stream("POST", self._url, content=body, headers=headers) as response,
         ):
             data = bytearray()
             async for part in response.aiter_bytes():
@@ -107,7 +116,7 @@ class Endpoint:
             return response.status_code, response.headers, bytes(data)
 
     def _network_problem(self, error: httpx2.HTTPError) -> str:
-        problem = self._without_key(str(error)) or type(error).__name__
+        problem = self._short(str(error)) or type(error).__name__
         refused = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.UnsupportedProtocol)
         if refused and not self._has_answered:
             raise BackendError(
@@ -158,7 +167,7 @@ class Endpoint:
         return f": {self._short(text)}" if text.strip() else ""
 
     def _short(self, text: str) -> str:
-        text = " ".join(self._without_key(text).split())
+        text = printable(" ".join(self._without_key(text).split()))
         return text if len(text) <= _TOLD_CHARACTERS else text[:_TOLD_CHARACTERS] + "…"
 
     def _without_key(self, text: str) -> str:
@@ -166,12 +175,13 @@ class Endpoint:
 
 
 def _text(content: Any) -> str:
-    """The words of a message, which some services send in parts, and as null when the model said nothing."""
+    """The words of a message, which some services send in parts, and as null when the model said nothing. Half
+    characters, which no file can hold, become question marks."""
     if isinstance(content, list):
-        return "".join(part["text"] for part in content if part.get("type") == "text")
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
     if not isinstance(content, str | None):
         raise TypeError(f"{type(content)} is no text")
-    return content or ""
+    return (content or "").encode("utf-8", "replace").decode()
 
 
 def _turn(message: Message) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,12 +84,14 @@ def find_tasks(root: Path, out: Path | None, extension: str, again: bool) -> Tas
 
 def _has_text(file: Path) -> bool:
     try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            return True  # it is there, whatever it is: not ours to write over
         with file.open("rb") as content:
             return bool(content.read(1000).strip())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
-        return True  # it is there, whatever it is: not ours to write over
+        return True
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,6 @@ async def caption_all(
     One picture's failure is told and the others go on. Raises BackendError when the service or the model fails for all,
     and RunFolderError when captions cannot be written; what was written stays.
     """
-    summary.kept = tasks.kept
     watch = _Watch()
     queue = iter(tasks.todo)
     running = [asyncio.create_task(_work(queue, captioner, tell, summary, watch)) for _ in range(workers)]

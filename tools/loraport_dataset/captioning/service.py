@@ -66,6 +66,8 @@ def check_service(service: Service) -> None:
             "--endpoint holds a user name or password, which every list of processes shows.",
             hint="Take it out of the URL; a key comes from an environment variable (--key-env NAME).",
         )
+    if not service.model.strip() or not service.model.isprintable():
+        raise SpecError("--model is not a name.", hint="Give the name that the service knows the model by.")
     if service.key is not None and not (service.key.isascii() and service.key.isprintable()):
         raise SpecError(
             "The key in the environment holds characters that no HTTP header can carry.",

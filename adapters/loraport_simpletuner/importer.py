@@ -200,7 +200,7 @@ class _Import:
             "upscale": True,
             "caption_dropout": self.get("caption_dropout_probability"),
         }
-        sampling = self.take("data_backend_sampling", "uniform")
+        sampling = self.take("data_backend_sampling", "auto-weighting")
         if len(sets) < 2:
             return content | self._set(first)
         content["sets"] = [self._set(each) | self._how_often(each, sampling) for each in sets]

@@ -168,6 +168,7 @@ def foreign(tmp_path: Path) -> Path:
                 "--data_backend_config": "config/multidatabackend.json",
                 "--validation_prompt": "a ship",
                 "--eval_steps_interval": 20,
+                "--data_backend_sampling": "uniform",
                 "--hub_model_id": "me/mine",
                 "--max_grad_norm": 0.1,
                 "--grad_clip_method": "value",
@@ -228,6 +229,16 @@ def test_a_foreign_configuration_is_read_and_all_that_is_lost_is_told(foreign: P
         "clips by norm",
     ):
         assert told in notes, told
+
+
+def test_sets_that_are_drawn_by_their_sizes_keep_their_repeats(foreign: Path) -> None:
+    config = json.loads((foreign / "config.json").read_text())
+    del config["--data_backend_sampling"]
+    (foreign / "config.json").write_text(json.dumps(config))
+    imported = import_config(foreign)
+    sets = build_spec(imported.content, base=foreign, origin="imported").spec.dataset.sets
+    assert [(one.repeats, one.weight) for one in sets] == [(5, None), (1, None)]
+    assert any(note.startswith("probability: 0.5 was not carried") for note in imported.notes)
 
 
 def test_a_single_file_is_taken_too(foreign: Path) -> None:

@@ -1,7 +1,7 @@
 """What a dataset is checked by: rules, the files they look at, and what they find.
 
-Rules come in through the `register_rules` hook. They only look: a rule neither opens files nor keeps what it was shown,
-so a million files need no more memory than one. Sizes are (width, height) in pixels.
+Rules come in through the `register_rules` hook. They only look: a rule writes nothing and keeps no image or caption
+that it was shown, so that a million files fit into memory. Sizes are (width, height) in pixels.
 """
 
 from __future__ import annotations
@@ -82,10 +82,9 @@ class ScannedImage:
     unreadable: tuple[str, str] | None = None  #: why it does not open, and the fix
     caption: Caption | None = None  #: None when there is neither a file nor a default
     similar_captions: tuple[str, ...] = ()  #: without a file: those whose names are almost right
-    pixels: PIL.Image.Image | None = field(
-        default=None, repr=False
-    )  #: RGB, upright, scaled down to no less than 256 px; only on demand
-    damage: str = ""  #: why they were asked for in vain
+    #: RGB, upright, perhaps scaled down, to no less than 256 px a side; only where pixels were asked for
+    pixels: PIL.Image.Image | None = field(default=None, repr=False)
+    damage: str = ""  #: why they were asked for in vain, as a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +94,12 @@ class StrayFile:
     path: Path
     name: str
     kind: Literal["caption", "image", "unreadable"]  #: of no image; of a format that is not read; cannot be looked at
-    detail: str = ""  #: for `unreadable`: why
+    detail: str = ""  #: for `unreadable`: why; for `image`: its extension
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the dataset is to be used for: the parts of a spec that rules depend on."""
+    """What the dataset is to be used for: the parts of a spec that rules depend on, under the names they have there."""
 
     family: Family
     caption_ext: str = "json"
@@ -120,7 +119,7 @@ class Rule:
     for each dataset that is checked.
     """
 
-    id: ClassVar[str]  #: unique, in lower case with dashes, such as `bbox-range`
+    id: ClassVar[str]  #: unique, in lower case with dashes, such as `image-small`
     severity: ClassVar[Severity]
     explanation: ClassVar[str]  #: the rule and why it is one
     fix: ClassVar[str]  #: what to do in general

@@ -133,6 +133,23 @@ def test_a_few_wrong_boxes_in_an_official_set_are_no_convention() -> None:
     assert seen.convention() is None
 
 
+def test_some_pixels_in_an_official_set_of_large_pictures_do_not_make_all_of_them_pixels() -> None:
+    seen, source = BoxStatistics(), random.Random(4)
+    for number in range(40):
+        convention = PIXELS if number % 6 == 0 else OFFICIAL
+        seen.see(caption([written(random_corners(source), convention, (2048, 2048)) for _ in range(3)]), (2048, 2048))
+    assert seen.convention() is None
+
+
+def test_pixels_of_pictures_just_over_a_thousand_are_recognised_by_the_few_boxes_that_show_it() -> None:
+    seen, source = BoxStatistics(), random.Random(5)
+    for number in range(60):
+        y, x, y2, x2 = random_corners(source)
+        corners = (y, x, 1.0, 1.0) if number % 12 == 0 else (y / 1.1, x / 1.1, y2 / 1.1, x2 / 1.1)
+        seen.see(caption([written(corners, PIXELS, (1024, 1024))]), (1024, 1024))
+    assert seen.convention() == PIXELS
+
+
 def test_one_wrong_box_does_not_hide_the_convention_of_all_others() -> None:
     seen = statistics(PIXELS)
     seen.see(caption([[9000, 9000, 9500, 9999]]), (1024, 768))
@@ -192,3 +209,14 @@ def test_the_finding_names_both_conventions_and_the_numbers(tmp_path: Any) -> No
     assert finding.file == ""
     assert "[xmin, ymin, xmax, ymax] in pixels, not [ymin, xmin, ymax, xmax] in thousandths" in finding.message
     assert "of 24 boxes" in finding.message
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_official_sets_of_any_size_are_never_taken_for_others(seed: int) -> None:
+    source = random.Random(seed)
+    sizes = source.sample([(512, 512), (768, 512), (640, 960), (1024, 1024), (4000, 3000)], source.choice([1, 2]))
+    seen = BoxStatistics()
+    for _ in range(source.choice([4, 20, 60])):
+        size = source.choice(sizes)
+        seen.see(caption([written(random_corners(source), OFFICIAL, size) for _ in range(2)]), size)
+    assert seen.convention() is None

@@ -29,7 +29,8 @@ _SLACK = 0.004
 _AT_EDGE = 1e-9
 #: Boxes from which on a set can be judged, unless one of them alone rules the official reading out.
 _FEWEST = 4
-#: A reading is taken when at most this share of the boxes contradicts it, and the official one at least that share.
+#: A reading is possible when at most this share of the boxes contradicts it. From that share on,
+#: the official one is out.
 _ACCEPTED, _REJECTED = 0.02, 0.1
 #: Boxes of a whole set come further than this into their pictures.
 _SPREAD = 0.3
@@ -151,15 +152,23 @@ class BoxStatistics:
         """The convention that the set is in, where it is not the official one and the numbers tell; else None."""
         if not self.boxes:
             return None
-        if self._share(OFFICIAL) > _REJECTED:
-            return self._best()
-        return self._better_than_official()
+        return self._best() or self._better_than_official()
 
     def _best(self) -> Convention | None:
-        fitting = [one for one in CONVENTIONS if one != OFFICIAL and self._share(one) <= _ACCEPTED]
-        if not fitting:
-            return None
-        return min(fitting, key=self._merit)
+        """A reading for a set that the official one fails in, be it in the few boxes that show it."""
+        wrong = self._contradictions[OFFICIAL]
+        fitting = [
+            one
+            for one in CONVENTIONS
+            if one != OFFICIAL and self._share(one) <= _ACCEPTED and self._ends_better(one)
+            if self._share(OFFICIAL) > _REJECTED
+            or (wrong >= _FEWEST and wrong >= 10 * self._contradictions[one] and self._at_edge[one] >= _FEWEST)
+        ]
+        return min(fitting, key=self._merit, default=None)
+
+    def _ends_better(self, convention: Convention) -> bool:
+        """Whether no more boxes end at their picture's edge in the official reading: people draw many that do."""
+        return self._at_edge[OFFICIAL] <= max(self._at_edge[convention], _ACCEPTED * self.boxes)
 
     def _better_than_official(self) -> Convention | None:
         """A reading for a set that the official one is possible for too: only with a clear reason."""
@@ -198,14 +207,12 @@ class BoxStatistics:
 
     def evidence(self, convention: Convention) -> str:
         """Why the set is taken to be in `convention`, in numbers."""
-        if self._share(OFFICIAL) > _REJECTED:
+        if self._contradictions[OFFICIAL] > self._contradictions[convention]:
             fits = self.boxes - self._contradictions[OFFICIAL]
             other = self.boxes - self._contradictions[convention]
             return f"read as {OFFICIAL}, {fits:,} of {self.boxes:,} boxes fit their picture; read so, {other:,} do"
         if convention.unit == "pixels":
-            edge = (
-                f"{self._at_edge[convention]:,} of {self.boxes:,} boxes end exactly at their picture's edge in pixels"
-            )
+            edge = f"{self._at_edge[convention]:,} of {self.boxes:,} boxes end exactly at its edge"
             return f"all keep within their picture's own pixels, {edge}, and none ends at 1000"
         votes = self._votes[OFFICIAL, True] + self._votes[OFFICIAL, False]
         return (

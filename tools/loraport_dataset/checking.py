@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from loraport.images import FileProblem, load_pixels
+from loraport.images import load_pixels
 from loraport.rules import (
     Caption,
     CaptionRule,
@@ -101,7 +101,7 @@ class _Check:
             checked.images += 1
             checked.captions += record.caption is not None and bool(record.caption.name)
             if record.caption is not None and not record.caption.name and default:
-                self._caption(record.caption, "the default caption")
+                self._caption(record.caption, f"{source.title}.default_caption")
                 default = False  # it is the same for all of them
             self._image(record)
             if progress is not None:
@@ -118,7 +118,7 @@ class _Check:
         if self._pixels and image.unreadable is None:
             try:
                 image = replace(image, pixels=load_pixels(image.path, at_least=_SIDE))
-            except (FileProblem, MemoryError, OSError) as problem:
+            except Exception as problem:  # decoders raise many types, and MemoryError without a word
                 why = str(problem) or "its pixels take more memory than there is"
                 image = replace(image, damage=f"{why[0].upper()}{why[1:]}.")
         for rule in self._images:

@@ -47,10 +47,11 @@ RULES = (TooLong, PerhapsTooLong)
 
 
 def as_trained(caption: Caption, setting: Setting) -> str:
-    """The text that the model is given: JSON of a `.json` file compactly, with the trigger word."""
+    """The text that the model is given: JSON compactly, but as it is where it stands in a text file; the trigger word
+    is in it."""
     text = caption.text.strip()
     try:
-        if caption.root is not NO_JSON and caption.name.lower().endswith(".json"):
+        if caption.root is not NO_JSON and not caption.name.lower().endswith((".txt", ".caption")):
             text = json.dumps(caption.root, ensure_ascii=False, separators=(",", ":"))
         return setting.family.place_trigger(text, setting.trigger_word) if setting.trigger_word else text
     except RecursionError:  # nested by the hundred; its own length tells enough

@@ -124,7 +124,7 @@ def _dtype(module: LoraModule) -> np.dtype[Any]:
 def _kernel(factors: Factors) -> tuple[int, ...]:
     """(kh, kw) of a convolution, () where there is none or the factors do not tell it."""
     arrays = factors.arrays()
-    return next((arrays[name].shape[2:] for name in ("down", "diff", "w2", "t2") if name in arrays), ())
+    return next((arrays[name].shape[2:] for name in ("mid", "t1", "t2", "down", "diff", "w2") if name in arrays), ())
 
 
 def _refuse_dora(module: LoraModule) -> None:

@@ -113,6 +113,8 @@ def _problems(
         found.append(
             ("the dora_scale has one axis and is applied to the wrong one: nearly nothing of it is right", False)
         )
+    if ".lokr_t2" in endings:
+        found.append(("a LoKr with a Tucker core, at which ComfyUI fails and leaves the module out", False))
     if any(each in endings for each in keys.MAGNITUDES):
         found.append(("the DoRA magnitude is not read, while its factors are applied as a plain LoRA", False))
     scale = scales.get(prefixed)

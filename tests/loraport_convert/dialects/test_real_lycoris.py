@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from small_networks import SD15, clip
 
 from loraport.errors import DataError
-from loraport.lora.canonical import ColumnScale, RowScale
+from loraport.lora.canonical import ColumnScale, LoraFile, RowScale
 from loraport.lora.dora import with_norms
 from loraport.lora.proof import prove
 from loraport.plugins import plugins
+from loraport_convert.approximation import truncated, whole
 from loraport_convert.codec.decode import FAMILY_KEY
 from loraport_convert.families import FAMILIES
 from loraport_convert.reading import read_lora
@@ -153,3 +154,29 @@ def test_what_comfyui_would_get_wrong_is_refused_with_the_reason(tmp_path, reaso
     saved(tmp_path / "x.safetensors", REFUSED[reason])
     with pytest.raises(DataError, match=reason):
         list(read_lora(tmp_path / "x.safetensors", plugins().dialects()).lora.modules.values())
+
+
+@pytest.mark.parametrize("target", ["diffusers", "peft"])
+def test_a_tucker_convolution_becomes_a_plain_one_where_a_layout_has_no_core(tmp_path, target):
+    dialects = plugins().dialects()
+    saved(tmp_path / "x.safetensors", EXACT["lora, tucker"])
+    lora = read_lora(tmp_path / "x.safetensors", dialects).lora
+    names = [name for name in lora.modules if not name.startswith("text_encoders.")]
+    of_model = LoraFile(lora.family, {name: lora.modules[name] for name in names})
+    written = tmp_path / "adapter_model.safetensors"
+    dialects[target].write(of_model, written, None, {})
+    assert prove(of_model, dialects[target].read(written)).ok
+
+
+@pytest.mark.parametrize("kind", ["lora, tucker", "loha, tucker", "lokr, tucker"])
+def test_an_approximated_convolution_with_a_core_keeps_its_kernel(tmp_path, kind):
+    dialects = plugins().dialects()
+    saved(tmp_path / "x.safetensors", EXACT[kind])
+    lora = read_lora(tmp_path / "x.safetensors", dialects).lora
+    module = lora.modules["input_blocks.1.0.in_layers.2"]
+    out, columns = module.factors.shape
+    made = [whole(module).module, truncated(module, 64).module]
+    assert made[0].factors.diff.shape == (out, columns // 9, 3, 3)
+    assert made[1].factors.down.shape[1:] == (columns // 9, 3, 3)
+    for each in made:
+        assert prove(LoraFile(None, {module.name: module}), LoraFile(None, {module.name: each})).worst.difference < 1e-5

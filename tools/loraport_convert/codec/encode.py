@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from loraport.lora.canonical import Array, ColumnScale, LoHa, LoKr, LoraModule, LowRank, RowScale, Tucker
@@ -33,6 +35,16 @@ def dora_shaped(numbers: Array, dora: RowScale | ColumnScale) -> Array:
     (1, in[, 1, 1]) by column."""
     kernel = (1,) * (dora.axes - 2)
     return numbers.reshape((1, -1, *kernel) if isinstance(dora, ColumnScale) else (-1, 1, *kernel))
+
+
+def without_core(module: LoraModule) -> LoraModule:
+    """A Tucker convolution's LoRA as a plain one of the same change, its core multiplied into `down` in fp32; others as
+    they are. For layouts that have no core."""
+    factors = module.factors
+    if not isinstance(factors, Tucker):
+        return module
+    down = factors.inner().astype(np.float32).reshape(factors.mid.shape[0], -1, *factors.mid.shape[2:])
+    return replace(module, factors=LowRank(down=down, up=factors.up))
 
 
 def lycoris_tensors(module: LoraModule, dtype: str | None, format: str) -> dict[str, Array]:

@@ -19,7 +19,7 @@ from loraport.lora.stacked import NotExact, Part
 from loraport.lora.streaming import replace_metadata, stream_tensors
 from loraport_convert.codec import keys
 from loraport_convert.codec.decode import FAMILY_KEY
-from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors, narrow
+from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors, narrow, without_core
 from loraport_convert.codec.rows import cut, fuse, scaled, without_idle_rank
 from loraport_convert.codec.scale import ADAPTER_METADATA
 from loraport_convert.families import FAMILIES
@@ -36,7 +36,8 @@ def write_peft(lora: LoraFile, path: Path, dtype: str | None, metadata: Mapping[
     configs = _Configs()
 
     def tensors() -> Iterator[tuple[str, Array]]:
-        for part, name, module in _in_diffusers(lora, family):
+        for part, name, whole in _in_diffusers(lora, family):
+            module = without_core(whole)
             root = family.root if part == keys.MODEL else _encoder_root(family, part)
             configs.add(root, name, module)
             for ending, array in _peft_tensors(module, dtype).items():
@@ -53,7 +54,8 @@ def write_peft_adapter(lora: LoraFile, path: Path, dtype: str | None, metadata: 
     configs = _Configs()
 
     def tensors() -> Iterator[tuple[str, Array]]:
-        for part, name, module in _in_diffusers(lora, family):
+        for part, name, whole in _in_diffusers(lora, family):
+            module = without_core(whole)
             if part != keys.MODEL:
                 raise NotExact(
                     f"LoRA module {module.name} belongs to a text encoder; a PEFT adapter is of one model.",
@@ -97,7 +99,8 @@ def write_ai_toolkit(lora: LoraFile, path: Path, dtype: str | None, metadata: Ma
     def tensors() -> Iterator[tuple[str, Array]]:
         prefix = "transformer." if family.name == "flux1" else "diffusion_model."
         modules = _in_diffusers(lora, family) if family.name == "flux1" else _by_part(lora, family)
-        for part, name, module in modules:
+        for part, name, whole in modules:
+            module = without_core(whole)
             if part != keys.MODEL or module.dora is not None:
                 raise NotExact(f"LoRA module {module.name}: ai-toolkit's layout has no such part.", module=module.name)
             if isinstance(module.factors, LowRank):

@@ -37,3 +37,31 @@ def test_a_file_that_holds_something_else_is_refused_by_the_place_that_is_wrong(
         Results.read(tmp_path / "results.json")
     with pytest.raises(DataError, match="cannot be read"):
         Results.read(tmp_path / "none.json")
+
+
+def test_every_part_of_the_results_is_in_the_page_that_is_generated_from_them() -> None:
+    from typer.testing import CliRunner
+
+    from loraport.cli.main import build_app
+    from loraport_bench import fields, records
+
+    page = (Path(__file__).parents[2] / "docs" / "bench-results.md").read_text(encoding="utf-8")
+    assert fields.fields_page() == page, "run: loraport bench fields > docs/bench-results.md"
+    models = {each for each in vars(records).values() if isinstance(each, type) and issubclass(each, records.Data)}
+    assert {model for _, model in fields._PARTS} == models - {records.Data}
+    assert all(info.description for model in models for info in model.model_fields.values())
+    assert CliRunner().invoke(build_app(), ["bench", "fields"]).output == page
+
+
+def test_the_schema_that_is_printed_accepts_the_example() -> None:
+    import jsonschema
+    from typer.testing import CliRunner
+
+    from loraport.cli.main import build_app
+
+    schema = json.loads(CliRunner().invoke(build_app(), ["bench", "fields", "--schema"]).output)
+    jsonschema.validate(json.loads(FILE.read_text()), schema)
+    broken = json.loads(FILE.read_text())
+    broken["runs"][0]["status"] = "fine"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, schema)

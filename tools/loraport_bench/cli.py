@@ -121,6 +121,19 @@ def table(
         typer.echo(markdown(DataFile(file)), nl=False)
 
 
+@app.command()
+def fields(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema instead.")] = False,
+) -> None:
+    """Print what `results.json` holds: every field with its type and meaning, in Markdown."""
+    import json
+
+    from loraport_bench.fields import fields_page
+    from loraport_bench.records import Results
+
+    typer.echo(json.dumps(Results.model_json_schema(), indent=2) if schema else fields_page(), nl=schema)
+
+
 def _here(rows: list[Row], named: bool, quality: bool) -> list[Row]:
     """The rows for which this machine has enough cards, unless they were asked for by name."""
     from loraport_bench.monitor import machine

@@ -20,6 +20,7 @@ from loraport.caption_sources import METADATA, read_columns
 from loraport.errors import DataError
 from loraport.files import cache_home, write_atomic
 from loraport.images import IMAGE_EXTENSIONS
+from loraport.preflight import check_captions
 from loraport.spec.models import HUB_ID, TrainSpec
 
 PREFIX = "hub:"
@@ -43,7 +44,8 @@ def on_disk(spec: TrainSpec, run_dir: Path | None, tell: Callable[[str], None] =
     """The spec with every dataset of the hub downloaded, and its folder in place of its id.
 
     In `run_dir`, `datasets.json` keeps each one's commit, and a resumed run takes that one again. `tell` hears what was
-    found. Raises DataError for a dataset that does not exist, is gated, cannot be reached, or holds no images.
+    found. Raises DataError for a dataset that does not exist, is gated, cannot be reached, or holds no images, and for a
+    run as `loraport.preflight.check_captions`, which could not read these before.
     """
     content = spec.model_dump(mode="json")
     dataset = content["dataset"]
@@ -66,10 +68,13 @@ def on_disk(spec: TrainSpec, run_dir: Path | None, tell: Callable[[str], None] =
         if "caption_field" in place:
             place["caption_field"] = fetched.caption_field
     try:
-        return TrainSpec.model_validate(content)
+        here = TrainSpec.model_validate(content)
     except ValidationError as error:  # two names may turn out to be one commit
         told = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise DataError(f"The datasets do not go together as they are on the hub now: {told}.") from error
+    if run_dir is not None:
+        check_captions(here)
+    return here
 
 
 def fetch(

@@ -181,3 +181,15 @@ def test_a_spec_of_folders_stays_as_it_is_and_asks_nobody(tmp_path: Path) -> Non
     spec = TrainSpec.model_validate(content("/a", "/b"))
     assert on_disk(spec, tmp_path) is spec
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_caption_that_would_be_trained_as_plain_text_ends_a_run_and_is_left_to_the_check_elsewhere(
+    hub: Hub, tmp_path: Path
+) -> None:
+    before = b'rex, {"compositional_deconstruction":{"background":"a wall","elements":[]}}'
+    hub.publish("me/broken", {"a.png": png(), "a.txt": before})
+    spec = content({"path": "hub:me/broken", "caption_ext": "txt"})
+    (tmp_path / "run").mkdir()
+    checked, trained = run(hub, tmp_path, (spec, None), (spec, tmp_path / "run"))
+    assert "spec" in checked
+    assert "stands before the JSON ('rex,')" in trained["error"]

@@ -44,8 +44,8 @@ def on_disk(spec: TrainSpec, run_dir: Path | None, tell: Callable[[str], None] =
     """The spec with every dataset of the hub downloaded, and its folder in place of its id.
 
     In `run_dir`, `datasets.json` keeps each one's commit, and a resumed run takes that one again. `tell` hears what was
-    found. Raises DataError for a dataset that does not exist, is gated, cannot be reached, or holds no images, and for a
-    run as `loraport.preflight.check_captions`, which could not read these before.
+    found. Raises DataError for a dataset that does not exist, is gated, cannot be reached, or holds no images; of a run
+    also what `loraport.preflight.check_captions` raises, which could not read these before.
     """
     content = spec.model_dump(mode="json")
     dataset = content["dataset"]

@@ -247,7 +247,7 @@ def _dora(name: str, doras: list[RowScale | ColumnScale], moves: list[_Move]) ->
     if len(rows) < len(doras):
         raise DataError(
             f"LoRA module {name} is put together from DoRAs by column, whose norms are those of each part alone.",
-            hint="No file for ComfyUI can hold it. Train the DoRA by row (LyCORIS: wd_on_output).",
+            hint="Under ComfyUI's own names no file can hold it. Train the DoRA by row (LyCORIS: wd_on_output).",
         )
     if len(doras) < len(moves) or sum(len(each.trained) for each in rows) != moves[0].rows:
         raise DataError(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -230,6 +231,26 @@ def test_plain_text_gets_the_trigger_word_and_nothing_else() -> None:
     plain = make_caption("a.txt", "a dog,  on a beach", "json")
     assert fix_caption(plain, SETTING) == Fixed("a dog,  on a beach")
     assert fix_caption(plain, Setting(IDEOGRAM4, trigger_word="mp_dog")).text == "mp_dog, a dog,  on a beach"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        compact({"style_description": {"color_palette": [f"#{number:06x}" for number in range(90_000)]}}),
+        compact({"style_description": {"color_palette": " " * 900_000 + ")"}}),
+        compact({f"Key{number}": number for number in range(60_000)}),
+        '{"a":"' + '\\"' * 400_000 + '",}',
+        "word " * 100_000 + "{",
+        "{" + "," * 900_000 + "}",
+        "```" + "`" * 900_000,
+        "{'a':" * 50_000,
+    ],
+    ids=["colours", "blanks", "keys", "quotes", "words", "commas", "fence", "nested"],
+)
+def test_a_hostile_caption_takes_no_time(text: str) -> None:
+    start = time.process_time()
+    fix(text, trigger="mp_dog")
+    assert time.process_time() - start < 5
 
 
 text_or_scalar = st.one_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,10 +32,10 @@ def spell_keys(value: dict[str, Any], path: str, keys: Sequence[str], rule: str,
     A key is not renamed to one that is there already, nor are two keys to the same.
     """
     meant = {key: _meant(key, keys) for key in value}
-    targets = list(meant.values())
+    targets = Counter(meant.values())
     spelled: dict[str, Any] = {}
     for key, content in value.items():
-        new = meant[key] if targets.count(meant[key]) == 1 else key
+        new = meant[key] if targets[meant[key]] == 1 else key
         if new != key:
             changes.add(rule, path, f"the key {shown(key)} became {new!r}")
         spelled[new] = content

@@ -10,6 +10,8 @@ from PIL import ImageColor
 from loraport_dataset.fixing.changes import Changes
 from loraport_dataset.rules.wording import shown
 
+#: Sixteen colours in the longest notation have fewer characters.
+_LONGEST_TEXT = 1000
 _HEX = re.compile(r"(?:[0-9a-fA-F]{3}){1,2}")
 # Between colours, but not within the parentheses of rgb(1, 2, 3).
 _BETWEEN = re.compile(r"[,;\s]+(?![^(]*\))")
@@ -44,7 +46,7 @@ def fix_palette(owner: dict[str, Any], path: str, most: int, changes: Changes) -
         del owner["color_palette"]
         changes.add("palette", path, "an empty palette was taken out")
         return
-    if isinstance(palette, str):
+    if isinstance(palette, str) and len(palette) <= _LONGEST_TEXT:
         parts = [part for part in _BETWEEN.split(palette) if part]
         if not parts or any(colour(part) is None for part in parts):
             return
@@ -53,14 +55,16 @@ def fix_palette(owner: dict[str, Any], path: str, most: int, changes: Changes) -
     if not isinstance(palette, list):
         return
     kept: list[Any] = []
+    seen: set[str] = set()
     for index, old in enumerate(palette):
         new = colour(old)
         if new is None:
             kept.append(old)
-        elif new in kept:
+        elif new in seen:
             changes.add("palette", f"{path}[{index}]", f"{shown(old)} was there already")
         else:
             kept.append(new)
+            seen.add(new)
             if new != old:
                 changes.add("palette", f"{path}[{index}]", f"{shown(old)} became {new}")
     if len(kept) > most and all(isinstance(each, str) and colour(each) == each for each in kept):

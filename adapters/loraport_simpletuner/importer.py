@@ -131,7 +131,7 @@ class _Import:
             "version": 1,
             "name": carried.get("name", "imported"),
             "model": {"family": "ideogram4"} | self._model() | carried.get("model", {}),
-            "dataset": self._dataset() | carried.get("dataset", {}),
+            "dataset": self._whole_dataset(carried.get("dataset")),
             "lora": self._lora(),
             "train": self._train() | carried.get("train", {}),
             "memory": self._memory() | carried.get("memory", {}),
@@ -186,6 +186,15 @@ class _Import:
         return {"checkpoint": checkpoint, "dtype": dtypes.get(precision, "bf16")} | (
             {"revision": revision} if revision else {}
         )
+
+    def _whole_dataset(self, carried: dict[str, Any] | None) -> dict[str, Any]:
+        """The data sets as they are written; of our own making, as the spec had them, with nothing to note."""
+        told = len(self.notes)
+        found = self._dataset()
+        if carried is None:
+            return found
+        del self.notes[told:]
+        return found | carried
 
     def _dataset(self) -> dict[str, Any]:
         sets = [each for each in self.sets if each.get("dataset_type", "image") == "image"]

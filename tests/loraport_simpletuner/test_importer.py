@@ -149,6 +149,15 @@ def test_what_was_written_exactly_is_imported_the_same(make_spec, tmp_path: Path
     assert imported.notes == []
 
 
+def test_several_sets_of_our_own_come_back_whole(make_spec, golden_cases, tmp_path: Path) -> None:
+    before = make_spec(**golden_cases["sets"][0])
+    write_files(Files(translate(before, Context(tmp_path)).files), tmp_path)
+    imported = import_config(tmp_path / "backend" / "config")
+    after = build_spec(imported.content, base=tmp_path, origin="imported").spec
+    assert after.dataset == before.dataset
+    assert imported.notes == []
+
+
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
     """A configuration as SimpleTuner's own documentation would have a user write it."""

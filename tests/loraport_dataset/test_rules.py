@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from small_datasets import CAPTION, compact, write_image, write_pair
 
+from loraport.caption_json import make_caption
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.plugins import plugins
 from loraport.rules import CaptionRule, Finding, ImageRule, Problem, Rule, Setting
-from loraport_dataset.checking import check
+from loraport_dataset.checking import caption_findings, check
 from loraport_dataset.sources import Source
 
 
@@ -353,3 +356,18 @@ def test_images_share_a_caption_also_when_others_stand_between_their_names(tmp_p
     told = [(one.rule, one.file) for one in found(tmp_path)]
     assert told.count(("caption-shared", "a.png")) == 1
     assert [file for rule, file in told if rule == "root"] == ["a.json", "a.json"]  # once, not once an image
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sampled_from(["a.json", "a.txt", ""]),
+    st.text(st.characters() | st.sampled_from('{}[]",:\\`u\n'))
+    | st.builds(compact, st.fixed_dictionaries({"a": st.text()})),
+    st.text(max_size=8),
+    st.sampled_from([None, len]),
+)
+def test_no_text_and_no_trigger_word_crashes_a_rule(name: str, text: str, word: str, count: Any) -> None:
+    setting = Setting(IDEOGRAM4, trigger_word=word, max_text_tokens=16, count_tokens=count)
+    for finding in caption_findings(make_caption(name, text, "json"), setting):
+        (finding.message + finding.fix + finding.json_path).encode("utf-8")
+        assert finding.message.endswith(".")

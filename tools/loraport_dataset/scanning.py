@@ -124,7 +124,7 @@ def read_caption(path: Path, name: str, setting: Setting) -> Caption:
             return _unreadable(name, "This is no ordinary file.", "Put a text file in its place.")
         if status.st_size > MAX_CAPTION_BYTES:
             message = f"The caption has {status.st_size:,} bytes; at most {MAX_CAPTION_BYTES:,} are read."
-            return _unreadable(name, message, "Shorten it; a caption of 2,000 tokens has some 8,000 bytes.")
+            return _unreadable(name, message, "Shorten it; even a long caption has but a few thousand.")
         data = path.read_bytes()
     except OSError as error:
         why = "a link that leads nowhere" if isinstance(error, FileNotFoundError) else error.strerror or str(error)

@@ -13,7 +13,7 @@ from loraport_dataset.rules.wording import shown
 class UnreadableCaption(ImageRule):
     id, severity = "caption-unreadable", "error"
     explanation = "A caption is an ordinary file in UTF-8 of at most 1,000,000 bytes."
-    fix = "Save it as UTF-8; a caption of 2,000 tokens has some 8,000 bytes."
+    fix = "Save it as UTF-8; even a long caption has but a few thousand bytes."
 
     def check(self, image: ScannedImage, setting: Setting) -> Iterator[Problem]:
         if image.caption is not None and image.caption.unreadable is not None:
@@ -23,7 +23,9 @@ class UnreadableCaption(ImageRule):
 
 class ByteOrderMark(CaptionRule):
     id, severity = "byte-order-mark", "warning"
-    explanation = "UTF-8 has no byte order mark. LoraPort drops it; trainers that don't see a character, and no JSON."
+    explanation = (
+        "UTF-8 has no byte order mark. LoraPort drops it; a reader that doesn't, sees a character there and no JSON."
+    )
     fix = "Save the file as UTF-8 without a byte order mark."
 
     def check(self, caption: Caption, setting: Setting) -> Iterator[Problem]:
@@ -87,7 +89,7 @@ class HalfCharacter(CaptionRule):
 class Tags(CaptionRule):
     id, severity = "caption-tags", "warning"
     explanation = "A model that was trained on structured captions gets structured captions, not a flat list of tags."
-    fix = "`loraport dataset wrap` makes the least of a structured caption; sentences on what is where are better."
+    fix = "`loraport dataset wrap` makes the shortest valid caption of it; sentences on what is where are better."
 
     def check(self, caption: Caption, setting: Setting) -> Iterator[Problem]:
         if _is_plain(caption, setting) and looks_like_tags(caption.text):

@@ -38,8 +38,8 @@ class Spelling(CaptionRule):
 class Inconsistent(SetRule):
     id, severity = "trigger-inconsistent", "warning"
     explanation = (
-        "All captions have the trigger word, or none: LoraPort puts it in front of the description where it is missing, "
-        "and where a hand wrote it, it may stand elsewhere."
+        "All captions have the trigger word, or none: LoraPort puts it in front of the description where it is "
+        "missing, and where a hand wrote it, it may stand elsewhere."
     )
     fix = "Write it into this caption as into the others, or leave it to LoraPort in all of them."
 

@@ -108,14 +108,20 @@ def test_another_cards_profile_can_be_asked_for() -> None:
 def test_options_of_one_trainer_are_not_given_to_another_and_changes_for_one_reach_it_alone() -> None:
     given = settings(
         ["native", "diffsynth"],
-        {"diffsynth": ["backend.options.split=false", "train.learning_rate=2e-4"]},
+        {"diffsynth": ["backend.options.split=false"]},
         backend={"name": "native", "options": {"device": "cpu"}},
     )
     contents, _ = matched(given, STAGED, "spec")
     assert contents["native"]["backend"]["options"] == {"device": "cpu"}
     assert contents["diffsynth"]["backend"]["options"] == {"split": False}
-    assert contents["native"]["train"]["learning_rate"] == 1e-4
-    assert contents["diffsynth"]["train"]["learning_rate"] == 2e-4
+
+
+def test_other_work_for_one_trainer_is_refused_in_the_matched_tier_and_taken_in_the_other() -> None:
+    given = settings(["native", "diffsynth"], {"diffsynth": ["train.learning_rate=2e-4"]})
+    with pytest.raises(SpecError, match=r"train\.learning_rate is 0\.0002 for diffsynth and 0\.0001 for native"):
+        matched(given, STAGED, "spec")
+    assert best_effort(given, STAGED, "spec", "diffsynth")["train"]["learning_rate"] == 2e-4
+    assert best_effort(given, STAGED, "spec", "native")["train"]["learning_rate"] == 1e-4
 
 
 def test_a_wrong_change_for_one_trainer_is_told_by_its_path() -> None:

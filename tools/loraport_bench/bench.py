@@ -32,6 +32,8 @@ from loraport_bench.settings import Settings
 from loraport_bench.tiers import MATCHED, best_effort, inequalities, make, matched
 
 RESULTS = "results.json"
+#: What going through LoraPort may cost: a share of a step, and seconds of a run.
+OVERHEAD_SHARE, OVERHEAD_SECONDS = 0.01, 2.0
 Tell = Callable[[str], None]
 
 
@@ -221,6 +223,11 @@ class Bench:
         try:
             measured = measure_overhead(self.content(job, staged), job.backend, self.settings, place)
             run = run.model_copy(update={"overhead": measured})
+            if measured.step_share > OVERHEAD_SHARE or measured.run_extra_s > OVERHEAD_SECONDS:
+                note = (
+                    f"LoraPort costs more than {OVERHEAD_SHARE:.0%} of a step or {OVERHEAD_SECONDS:g} s of a run here."
+                )
+                run = run.model_copy(update={"notes": [*run.notes, note]})
         except LoraPortError as error:
             run = run.model_copy(update={"notes": [*run.notes, f"The overhead could not be measured: {error.message}"]})
         finally:

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from loraport.errors import SpecError
 from loraport.gpu import FP8_CAPABILITY, Card, cards, settings_for
 from loraport.planning import Kind, Plan
 from loraport.plugins import plugins
 from loraport.profiles import DEFAULTS, QUANTIZED, resolve_memory
-from loraport.run.api import plan
+from loraport.run.api import DEFAULT_BACKEND, plan
 from loraport.spec.load import build_spec
 from loraport.spec.models import TrainSpec, leaf_fields
 from loraport_bench.images import Staged, caption_ext
@@ -60,7 +61,7 @@ def content_of(settings: Settings, staged: Staged, backend: str, seed: int) -> d
     Raises SpecError when the changes for this backend are no valid spec.
     """
     given = dict(settings.given)
-    if given["backend"]["name"] not in (None, backend):  # its options and interpreter are another trainer's
+    if (given["backend"]["name"] or DEFAULT_BACKEND) != backend:  # its options and interpreter are another trainer's
         given["backend"] = {"name": backend}
     spec = build_spec(given, settings.changes.get(backend), base=Path.cwd(), origin=f"the spec for {backend}").spec
     content = spec.model_dump(mode="json")
@@ -95,8 +96,12 @@ def memory_of(settings: Settings, profile: str) -> dict[str, Any]:
 
 def matched(settings: Settings, staged: Staged, profile: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The matched spec of each backend (seed and repeat left as they are), and what of it is not the given spec's, with
-    why. Each field of COMMON takes its common value when more backends do that exactly than the spec's own."""
+    why. Each field of COMMON takes its common value when more backends do that exactly than the spec's own.
+
+    Raises SpecError when a change for one backend would have it do other work.
+    """
     contents = {name: content_of(settings, staged, name, settings.seeds[0]) for name in settings.backends}
+    _refuse_different(contents)
     memory = memory_of(settings, profile)
     for content in contents.values():
         content["memory"] = dict(memory)
@@ -166,6 +171,18 @@ def inequalities(plans: Mapping[str, Plan]) -> list[Inequality]:
             shown = next(iter(verdicts.values())).value if len(values) == 1 else None
             found.append(Inequality(path=path, value=str(shown) if isinstance(shown, Path) else shown, backends=told))
     return found
+
+
+def _refuse_different(contents: Mapping[str, Mapping[str, Any]]) -> None:
+    first, reference = next(iter(contents.items()))
+    for name, content in contents.items():
+        for path in MATCHED:
+            value, same = _at(content, path), _at(reference, path)
+            if not path.startswith("memory.") and value != same:
+                raise SpecError(
+                    f"--for: {path} is {value!r} for {name} and {same!r} for {first}: the matched tier wants it alike.",
+                    hint="Change it for all with --set, or measure with --tiers best-effort.",
+                )
 
 
 def _recommended(settings: Settings) -> dict[str, Any]:

@@ -4,11 +4,13 @@ modules; and reading, or comparing, the next ones in threads meanwhile. numpy an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from loraport.lora.canonical import LoraModule
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 T = TypeVar("T")
 
@@ -46,6 +48,8 @@ class ReadAhead(Mapping[str, LoraModule]):
     the one that was asked for last. To be used as a context manager, by one thread."""
 
     def __init__(self, modules: Mapping[str, LoraModule]):
+        from concurrent.futures import ThreadPoolExecutor  # slow to import, and `loraport inspect` needs none
+
         self.given: str | None = None
         self._modules = modules
         self._after = dict(pairwise(modules))
@@ -79,6 +83,7 @@ class ReadAhead(Mapping[str, LoraModule]):
 
 def side_by_side(work: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
     """`work` of each name, in order, done for `WORKERS` names at a time."""
+    from concurrent.futures import ThreadPoolExecutor
 
     def some(start: int) -> list[T]:
         return [work(name) for name in names[start : start + at_once]]

@@ -12,13 +12,15 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from loraport.files import atomic_path
 from loraport.lora.canonical import Array
 from loraport.lora.storage import entry_of, header_text, raw_bytes, read_tensors
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _SMALL = 1 << 16  # bytes
 _CHUNK = 1 << 24  # bytes
@@ -60,6 +62,8 @@ class _Syncing:
     there, and the disk would have nothing to do until then."""
 
     def __init__(self, file: BinaryIO):
+        from concurrent.futures import ThreadPoolExecutor  # slow to import, and reading needs none
+
         self._file = file
         self._thread = ThreadPoolExecutor(1, "sync")
         self._running: Future[None] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -21,6 +22,8 @@ def add_commands(cli: typer.Typer) -> None:
     @cli.command()
     def inspect(path: LoraPath, as_json: AsJson = False) -> None:
         """Explain a LoRA file: who wrote it, for which model, how strong, and what ComfyUI would do with it."""
+        # Nothing is multiplied here, and starting numpy's threads takes as long as the rest of numpy.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from loraport.plugins import plugins
         from loraport_convert.inspection import inspect
 

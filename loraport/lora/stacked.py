@@ -65,8 +65,12 @@ class Verbatim(Factors):
 
     def problem(self) -> str | None:
         blocks = self.tensors.get(".oft_blocks")
+        empty = next((name for name, array in self.tensors.items() if 0 in array.shape), None)
+        if empty is not None:
+            return f"{empty} is empty"
         if blocks is None:
-            return None
+            flat = next((name for name, array in self.tensors.items() if name != ".alpha" and array.ndim < 2), None)
+            return None if flat is None else f"{flat} has fewer than two axes"
         if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
             return f"oft_blocks {blocks.shape} are no square blocks"
         if blocks.ndim == 3 and ".rescale" in self.tensors:
@@ -86,7 +90,10 @@ class Verbatim(Factors):
         blocks = self.tensors.get(".oft_blocks")
         if blocks is not None:
             return blocks.shape[-3] * blocks.shape[-1], 0
-        return self.tensors[".b1.weight"].shape[0], self.tensors[".b2.weight"].shape[1]
+        first, second = (self.tensors[f".{name}.weight"] for name in ("b1", "b2"))
+        if first.shape[1] != second.shape[0]:  # LyCORIS before 2.0 had them the other way round
+            first, second = second, first
+        return first.shape[0], math.prod(second.shape[1:])
 
     @property
     def rank(self) -> int | None:

@@ -383,9 +383,13 @@ def test_what_only_the_base_weights_complete_is_kept_bit_for_bit(tmp_path, kind)
         ("OFT", {".rescale": np.ones((OUT, 1))}, "rescale"),
         ("OFT", {".alpha": np.ones(())}, "constraint"),
         ("BOFT", {".alpha": None}, "without alpha"),
+        ("OFT", {".oft_blocks": np.ones((12, 12))}, "square blocks"),
+        ("OFT", {".oft_blocks": np.ones((0, 4, 4))}, "empty"),
+        ("GLoRA", {".b1.weight": np.ones(OUT)}, "fewer than two axes"),
+        ("GLoRA", {".b2.weight": None}, "missing"),
     ],
 )
-def test_a_turn_that_comfyui_would_compute_otherwise_is_refused_with_the_reason(path, kind, change, reason):
+def test_what_is_damaged_or_comfyui_would_compute_otherwise_is_refused_with_the_reason(path, kind, change, reason):
     tensors = {**kept_as_they_are()[kind], **change}
     stored = {f"diffusion_model.m{ending}": array for ending, array in tensors.items() if array is not None}
     write_tensors(path, stored, {})

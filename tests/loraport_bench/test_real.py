@@ -1,7 +1,7 @@
-"""Real trainers on a CPU with the tiny checkpoint: the native one always, the others where they are at hand.
+"""Real trainers on a CPU with the tiny checkpoint: the native one and DiffSynth, and all four where they are at hand.
 
-DiffSynth: LORAPORT_DIFFSYNTH_PYTHON, or its environment. All four: besides that LORAPORT_SIMPLETUNER_PYTHON,
-LORAPORT_AI_TOOLKIT and LORAPORT_AI_TOOLKIT_PYTHON, as in those backends' own tests; docs/bench.md has the command.
+That takes LORAPORT_SIMPLETUNER_PYTHON, LORAPORT_AI_TOOLKIT and LORAPORT_AI_TOOLKIT_PYTHON, as in those backends' own
+tests; docs/bench.md has the command.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from diffsynth_at_hand import find_or_install
 
 pytest.importorskip("torch")
 
@@ -88,9 +89,18 @@ def test_the_native_trainer(tmp_path: Path) -> None:
     assert run.quality.loss < run.quality.without
 
 
+@pytest.fixture
+def diffsynth(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, str]:
+    """An environment in which DiffSynth is found."""
+    python = find_or_install(tmp_path_factory, worker_id)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.yaml").write_text(json.dumps({"python": {"diffsynth": str(python)}}))
+    return {"LORAPORT_HOME": str(tmp_path / "home")}
+
+
 @pytest.mark.slow
-def test_the_native_trainer_and_diffsynth_do_the_same_work(tmp_path: Path) -> None:
-    results = bench(tmp_path, ["native", "diffsynth"], diffsynth(tmp_path), "--seeds", "0,1")
+def test_the_native_trainer_and_diffsynth_do_the_same_work(tmp_path: Path, diffsynth: dict[str, str]) -> None:
+    results = bench(tmp_path, ["native", "diffsynth"], diffsynth, "--seeds", "0,1")
     check(results)
     assert [run.backend for run in results.runs] == ["native", "diffsynth", "diffsynth", "native"]
     assert "train.warmup_steps" in {each.path for each in results.inequalities["matched/spec"]}
@@ -99,8 +109,8 @@ def test_the_native_trainer_and_diffsynth_do_the_same_work(tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(any(name not in os.environ for name in NEEDED), reason=f"needs {', '.join(NEEDED)}")
-def test_all_four_trainers_do_the_same_work(tmp_path: Path) -> None:
-    environment = diffsynth(tmp_path)
+def test_all_four_trainers_do_the_same_work(tmp_path: Path, diffsynth: dict[str, str]) -> None:
+    environment = dict(diffsynth)
     pythons = json.loads((tmp_path / "home" / "config.yaml").read_text())["python"]
     simpletuner = tmp_path / "simpletuner"
     simpletuner.write_text(
@@ -122,18 +132,3 @@ def test_all_four_trainers_do_the_same_work(tmp_path: Path) -> None:
     names = ["native", "diffsynth", "simpletuner", "ai-toolkit"]
     on_cpu = ("--for", "ai-toolkit:backend.options.device=cpu")
     check(bench(tmp_path, names, environment, "--seeds", "0", *on_cpu))
-
-
-def diffsynth(folder: Path) -> dict[str, str]:
-    """An environment in which DiffSynth is found; skips where it is not."""
-    from loraport.envs import find_interpreter, problem_with
-    from loraport_diffsynth.recipe import NAME, RECIPE
-
-    given = os.environ.get("LORAPORT_DIFFSYNTH_PYTHON")
-    python = find_interpreter(NAME, Path(given) if given else None)
-    problem = problem_with(python, RECIPE)
-    if problem is not None:
-        pytest.skip(f"set LORAPORT_DIFFSYNTH_PYTHON: {problem}")
-    (folder / "home").mkdir()
-    (folder / "home" / "config.yaml").write_text(json.dumps({"python": {"diffsynth": str(python)}}))
-    return {"LORAPORT_HOME": str(folder / "home")}

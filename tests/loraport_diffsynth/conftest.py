@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from filelock import FileLock
+from diffsynth_at_hand import find_or_install
 from PIL import Image
 
 from loraport.lora.storage import write_tensors
@@ -66,20 +65,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def diffsynth_python(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """An interpreter that has DiffSynth: LORAPORT_DIFFSYNTH_PYTHON, the user's, or one in an environment made here."""
-    from loraport.envs import find_interpreter, install, problem_with
-    from loraport_diffsynth.recipe import NAME, RECIPE
-
-    given = os.environ.get("LORAPORT_DIFFSYNTH_PYTHON")
-    python = find_interpreter(NAME, Path(given) if given else None)
-    if problem_with(python, RECIPE) is None:
-        return python
-    folder = tmp_path_factory.getbasetemp()
-    if worker_id != "master":
-        folder = folder.parent  # that of the whole run: workers share what one of them has made
-    with FileLock(folder / "diffsynth.lock"), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAPORT_HOME", str(folder / "loraport home"))
-        return install(NAME, RECIPE, print)
+    return find_or_install(tmp_path_factory, worker_id)
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ ODD = [
     "alpha", "dora_scale", "lora_magnitude_vector", "lora_mid.weight", "hada_w1_a", "hada_w1_b", "hada_w2_a",
     "hada_w2_b", "hada_t1", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     "diff", "diff_b", "lora_B.bias", "reshape_weight", "oft_blocks", "bias", "weight", "w_norm", "secret",
+    "hada_t2", "rescale", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "lokr_t1", "set_weight", "on_input",
 ]  # fmt: skip
 CODES = {
     "F32": np.float32,

@@ -1,5 +1,6 @@
-"""What is kept bit for bit, because only the base weight completes it, means the same to ComfyUI as to LyCORIS, and what
-is refused does not. Needs COMFY_SRC, a ComfyUI checkout, and LyCORIS."""
+"""What is kept bit for bit, because only the base weight completes it, means the same to ComfyUI as to LyCORIS.
+
+What is refused does not. Needs COMFY_SRC, a ComfyUI checkout, and LyCORIS."""
 
 import importlib.util
 import json

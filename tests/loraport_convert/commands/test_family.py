@@ -41,6 +41,14 @@ def test_names_of_two_models_are_asked_about_and_then_taken_as_told(run, write, 
         assert run("verify", path, tmp_path / f"{target}.safetensors", "--family", family)[0] == 0
 
 
+def test_merging_and_resizing_are_told_too(run, write, tmp_path):
+    path, out = write("transformer.layers.0.attention.to_out.0"), tmp_path / "out.safetensors"
+    assert run("merge", path, f"{path}:0.5", "-o", out, "--family", "z-image")[0] == 0
+    assert modules(out) == {"diffusion_model.layers.0.attention.out"}
+    assert run("resize", path, "--rank", 1, "-o", out, "--overwrite", "--family", "ideogram4")[0] == 0
+    assert modules(out) == {"diffusion_model.layers.0.attention.o"}
+
+
 def test_a_family_that_the_file_contradicts_is_an_error(run, write, tmp_path):
     path = write("transformer.layers.0.attention.to_out.0", metadata={"loraport.family": "z-image"})
     code, _, error = run("convert", path, "-o", tmp_path / "out.safetensors", "--family", "ideogram4")

@@ -13,6 +13,7 @@ from loraport_convert.commands.options import (
     Alpha,
     AssumeAlpha,
     DtypeOption,
+    FamilyName,
     OutFile,
     Overwrite,
     To,
@@ -37,6 +38,7 @@ def add_commands(cli: typer.Typer) -> None:
         to: To = "comfyui",
         alpha: Alpha = None,
         assume_alpha: AssumeAlpha = None,
+        family: FamilyName = None,
         dtype: DtypeOption = "keep",
         overwrite: Overwrite = False,
         as_json: AsJson = False,
@@ -51,7 +53,7 @@ def add_commands(cli: typer.Typer) -> None:
         parsed = [parse_ingredient(text) for text in ingredients]
         if len(parsed) < 2:
             raise DataError("One LoRA alone is not merged with anything.", hint="Name two or more.")
-        found = [(read_lora(path, dialects, scale), strength) for path, strength in parsed]
+        found = [(read_lora(path, dialects, scale, family), strength) for path, strength in parsed]
         read = [Ingredient(each.path, each.lora, strength) for each, strength in found]
         places = [each.path for each in read]
         target = Target(out, writer_named(to), dtype_of(dtype) or common_dtype(read), overwrite)

@@ -13,6 +13,7 @@ from loraport_convert.commands.options import (
     Alpha,
     AssumeAlpha,
     DtypeOption,
+    FamilyName,
     LoraPath,
     OutFile,
     Overwrite,
@@ -39,6 +40,7 @@ def add_commands(cli: typer.Typer) -> None:
         to: To = "comfyui",
         alpha: Alpha = None,
         assume_alpha: AssumeAlpha = None,
+        family: FamilyName = None,
         dtype: DtypeOption = "keep",
         overwrite: Overwrite = False,
         as_json: AsJson = False,
@@ -51,7 +53,7 @@ def add_commands(cli: typer.Typer) -> None:
         source = lora_file(path)
         target = Target(out, writer_named(to), dtype_of(dtype), overwrite, "svd", rank, every=True)
         check_target(target, [source])
-        found = read_lora(source, plugins().dialects(), scale_of(alpha, assume_alpha))
+        found = read_lora(source, plugins().dialects(), scale_of(alpha, assume_alpha), family)
         published = publish(found.lora, target, [source])
         total = total_error(published)
         if as_json:

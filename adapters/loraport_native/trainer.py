@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from loraport.errors import BackendError
-from loraport.run.events import Checkpoint, Event, PhaseStarted, Resumed, Step, Validation
+from loraport.run.events import Checkpoint, Event, PhaseStarted, Progress, Resumed, Step, Validation
 from loraport.spec.models import TrainSpec
 from loraport_native import flow
 from loraport_native.checkpoints import load_state, save_checkpoint, whole_checkpoints
 from loraport_native.data import Sample, TrainingSet, epoch_batches
-from loraport_native.device import free_memory_bytes, peak_memory_gib, peak_reserved_gib, read_later
+from loraport_native.device import free_memory_bytes, peak_memory_gib, peak_reserved_gib, read_later, restart_peak
 from loraport_native.distributed import ALONE, Group
 from loraport_native.held_out import case, case_count
 from loraport_native.lora import Adapter, Ema, Masters, write_adapter
@@ -52,7 +52,7 @@ class Taken:
     """An optimizer step that was queued, and when (`time.perf_counter`); `numbers` waits for its losses and the norm of
     its gradient.
 
-    A step is told when the next one is queued, so that the device never waits for the host.
+    A step is told while the next one is queued, so that the device never waits for the host.
     """
 
     step: int
@@ -128,12 +128,19 @@ class Trainer:
 
         if not settles:
             probe()
+            self._compiled()
             return
         # The optimizer's state is not there yet: two moments of 4 bytes a parameter, at most.
         state = 8 * sum(weight.numel() for weight in self.masters.weights)
         limit = torch.cuda.memory_allocated(self.device) + free_memory_bytes(self.device) - state
         count = recompute_what_must_be(self.model, probe, limit)
         print(f"memory.gradient_checkpointing: auto recomputes {count} of {len(self.model.layers)} blocks.", flush=True)
+        self._compiled()
+
+    def _compiled(self) -> None:
+        """Tell what compiling took, of which the compiler's own trials are a part, and count the steps' memory anew."""
+        self.emit(Progress(done=1, total=1, peak_memory_gib=peak_memory_gib(self.device)))
+        restart_peak(self.device)
 
     def _largest_batch(self) -> tuple[int, list[Sample]]:
         """The batch of the first epoch with the most tokens, and its index."""
@@ -148,7 +155,7 @@ class Trainer:
     # -- one optimizer step -------------------------------------------------------------------------------------
 
     def _one_step(self) -> None:
-        """Queue one optimizer step, and tell the one before."""
+        """Queue one optimizer step; the one before is told meanwhile."""
         started = time.perf_counter()
         train = self.spec.train
         if not self.model.training:
@@ -160,6 +167,7 @@ class Trainer:
         losses = torch.zeros(parts, device=self.device)
         for part in self.group.share(range(parts)):
             loss = self._loss(batches[part], indices[part]) / parts
+            self._settle()  # the step before; the device has this forward pass to go on with
             loss.backward()
             if indices[part] + self.group.size < train.steps * parts:
                 self._draw_ahead(indices[part] + self.group.size)  # while the device still computes
@@ -179,9 +187,7 @@ class Trainer:
         if self.ema:
             self.ema.update(self.masters)
         self.step += 1
-        before, self._untold = self._untold, Taken(self.step, started, batches, rate, numbers)
-        if before:
-            self._tell(before)
+        self._untold = Taken(self.step, started, batches, rate, numbers)
         if self.device.type != "cuda":  # nothing is queued elsewhere
             self._settle()
 

@@ -49,7 +49,9 @@ def make_dataset(source: Path, work: Path, resolution: int, text: int, checkpoin
         with Image.open(file) as image:
             square = ImageOps.fit(image.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
         square.save(unfinished / f"{file.stem}.png")
-        words = file.with_suffix(".json").read_text(encoding="utf-8")
+        # Prose: a caption of JSON cut to a length would be a broken one.
+        caption = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        words = str(caption["high_level_description"])
         (unfinished / f"{file.stem}.txt").write_text(words, encoding="utf-8")
     child([sys.executable, "-m", "loraport_native.lengthen", str(checkpoint), str(text), str(unfinished)])
     os.replace(unfinished, folder)

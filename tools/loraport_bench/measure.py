@@ -114,7 +114,7 @@ def summarise(told: Iterable[Event], warm_up: int, monitor: DeviceMonitor) -> di
     phases: defaultdict[str, float] = defaultdict(float)
     spans: defaultdict[str, list[float]] = defaultdict(list)
     held_out: list[float] = []
-    cache_peak: float | None = None
+    peaks: dict[str, float] = {}  # of the passes before training, by phase
     before: float | None = None
     phase: events.PhaseStarted | None = None
     last: events.Step | None = None
@@ -134,15 +134,14 @@ def summarise(told: Iterable[Event], warm_up: int, monitor: DeviceMonitor) -> di
             before, last = event.time, event
         elif isinstance(event, events.Validation):
             held_out.append(event.loss)
-        elif isinstance(event, events.Progress) and event.peak_memory_gib is not None:
-            cache_peak = max(cache_peak or 0.0, event.peak_memory_gib)
+        elif isinstance(event, events.Progress) and event.peak_memory_gib is not None and phase is not None:
+            peaks[phase.phase] = max(peaks.get(phase.phase, 0.0), event.peak_memory_gib)
     card = {name: monitor.peak_gib(min(times), max(times)) for name, times in spans.items()}
     numbers: dict[str, Any] = {
         "phases_s": {name: round(value, 2) for name, value in phases.items()},
         "card_peak_gib": {name: value for name, value in card.items() if value is not None},
     }
-    if cache_peak is not None:
-        numbers["cache_peak_allocated_gib"] = round(cache_peak, 3)
+    numbers |= {f"{name}_peak_allocated_gib": round(peak, 3) for name, peak in peaks.items()}
     if seconds and last is not None:
         step = spread(list(seconds.values()))
         numbers |= {

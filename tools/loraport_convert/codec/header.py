@@ -22,9 +22,9 @@ def fields_of(
     Of several kinds under one name it is the one that ComfyUI applies. `magnitudes` are the endings that mean a DoRA.
     Raises DataError when a half is missing, or for a kind that LoraPort does not know.
     """
-    for ending, reason in keys.UNSUPPORTED.items():
-        if ending in endings:
-            raise DataError(f"{path}: {endings[ending]} cannot be converted: {reason}.")
+    for ending, key in endings.items():
+        if ending in keys.UNSUPPORTED:
+            raise DataError(f"{path}: {key} cannot be converted: {keys.UNSUPPORTED[ending]}.")
     found = _kind(endings)
     if not found:
         return {}, list(endings.values())

@@ -49,20 +49,11 @@ UNSUPPORTED = {
     ".vera_lambda_d": "a VeRA, which ComfyUI does not read",
 }
 _ALONE = (ALPHA, DORA_SCALE, DIFF, MID, OFT, RESCALE)
-SUFFIXES = sorted(
-    [
-        *(end for pair in LOW_RANK for end in pair),
-        *LOHA,
-        *LOHA_CORES,
-        *LOKR,
-        *_ALONE,
-        *GLORA,
-        *MAGNITUDES,
-        *UNSUPPORTED,
-    ],
-    key=len,
-    reverse=True,
+ENDINGS = frozenset(
+    [*(end for pair in LOW_RANK for end in pair), *LOHA, *LOHA_CORES, *LOKR, *_ALONE, *GLORA, *MAGNITUDES, *UNSUPPORTED]
 )
+_MOST_DOTS = max(end.count(".") for end in ENDINGS)
+_UNDERSCORED = tuple(end for end in ENDINGS if not end.startswith("."))
 
 #: The diffusion model, and the place of names that say by themselves which text encoder they mean.
 MODEL, NAMED = "model", "named"
@@ -105,8 +96,16 @@ class Module:
 
 def split(key: str) -> tuple[str, str] | None:
     """(module with its prefix, ending) of a key, None where the ending means nothing."""
-    ending = next((each for each in SUFFIXES if key.endswith(each)), None)
-    return None if ending is None else (key[: -len(ending)], ending)
+    found, dot = -1, len(key)
+    for _ in range(_MOST_DOTS):
+        dot = key.rfind(".", 0, dot)
+        if dot < 0:
+            break
+        if key[dot:] in ENDINGS:
+            found = dot  # a longer ending counts more
+    if found < 0:
+        found = next((len(key) - len(end) for end in _UNDERSCORED if key.endswith(end)), -1)
+    return None if found < 0 else (key[:found], key[found:])
 
 
 def grouped(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:

@@ -348,7 +348,10 @@ def test_what_is_wrong_with_a_set_is_told_with_its_place(write: Any, entries: li
         ("dataset: {sets: [5]}", "dataset.sets[0]: a section with fields belongs here: caption_dropout,"),
         ("dataset: {sets: 5}", "dataset.sets: input should be a valid list (got 5)"),
         ("dataset: {path: a}\ndatasets: [{path: b}]", "dataset: give path (one folder) or sets (several), not both"),
-        ("dataset: {sets: [{path: a}]}\ndatasets: [{path: b}]", "datasets and dataset.sets are the same field; keep one"),
+        (
+            "dataset: {sets: [{path: a}]}\ndatasets: [{path: b}]",
+            "datasets and dataset.sets are the same field; keep one",
+        ),
         ("dataset: [{path: a}]\ndatasets: [{path: b}]", "datasets and dataset.sets are the same field; keep one"),
         ("dataset: 5\ndatasets: [{path: b}]", "datasets and dataset.sets are the same field; keep one"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from loraport_bench.records import Results
 from loraport_bench.schedule import part_of, schedule
 from loraport_bench.settings import Settings
 
+SLURM = Path(__file__).parents[1] / "stand_ins" / "slurm.py"
 pytestmark = pytest.mark.usefixtures("stand_ins")
 
 
@@ -32,6 +35,16 @@ def test_submitit_runs_a_job_for_each_backend_profile_and_seed_and_the_rows_are_
     assert "job" not in said.splitlines()[0]  # nothing is submitted again
 
 
+def test_a_job_that_fails_is_told_with_its_error(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    (tmp_path / "lock").mkdir()  # a folder cannot be locked as a file
+    monkeypatch.setenv("LORAPORT_BENCH_LOCK", str(tmp_path / "lock"))
+    code, said = bench("--backends", "swift", "--tiers", "matched", "--seeds", "0", "--on", "local")
+    assert code == 5
+    assert "job" in said
+    assert "RunFolderError: The machine's lock" in said
+
+
 def test_a_parameter_that_submitit_does_not_know_is_told(bench: Any, tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     code, said = bench("--backends", "swift", "--on", "local", "--job", "timeout_mn=5")
@@ -39,6 +52,38 @@ def test_a_parameter_that_submitit_does_not_know_is_told(bench: Any, tmp_path: P
     assert "timeout_mn" in said
     code, said = bench("--backends", "swift", "--on", "local", "--job", "slurm")
     assert code == 3
+
+
+def test_a_bench_goes_through_slurm_with_the_cards_and_the_time_that_its_rows_need(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    (tmp_path / "slurm").mkdir()
+    for name in ("sbatch", "srun", "sacct"):
+        command = tmp_path / "slurm" / name
+        command.write_text(f"#!{sys.executable}\n{SLURM.read_text()}")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'slurm'}{os.pathsep}{os.environ['PATH']}")
+    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0,1", "--time-limit", "1200", "--held-out", "0")
+    code, said = bench(*options, "--on", "slurm", "--job", "slurm_partition=gpu")
+    assert code == 0, said
+    told = Results.read(tmp_path / "out" / "results.json")
+    assert [run.status for run in told.runs] == ["ok", "ok"]
+    first, second = sorted((tmp_path / "slurm").glob("*.sbatch"))
+    for line in ("--partition=gpu", "--gpus-per-node=1", "--time=35", "--job-name=bench-swift-spec-0"):
+        assert f"#SBATCH {line}\n" in first.read_text()
+    assert "--job-name=bench-swift-spec-1" in second.read_text()
+
+
+def test_slurm_is_looked_for_before_anything_is_written(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, said = bench("--backends", "swift", "--on", "slurm")
+    assert code == 5
+    assert "no srun and sbatch" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_shares_by_hand_are_disjoint_and_the_last_one_to_come_gathers_them(bench: Any, tmp_path: Path) -> None:

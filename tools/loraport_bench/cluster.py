@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
-from loraport.errors import BackendError, SpecError
+from loraport.errors import BackendError, SpecError, unknown
 from loraport.files import write_atomic
 from loraport.spec.yaml_text import dump_yaml, parse_yaml
 from loraport_bench.bench import Bench
@@ -30,6 +33,22 @@ class Where:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
+def find_cluster(name: str, parameters: list[str]) -> Where:
+    """A cluster that jobs can be submitted to from here. Raises SpecError for an unknown one or a parameter in another
+    form, and BackendError when submitit or Slurm is not there."""
+    if name not in get_args(Cluster):
+        raise SpecError(unknown("--on:", name, get_args(Cluster)))
+    where = Where(cast(Cluster, name), read_parameters(parameters))
+    if importlib.util.find_spec("submitit") is None:
+        raise BackendError("--on needs submitit.", hint="Install it with: pip install 'loraport[bench]'")
+    if name == "slurm" and not (shutil.which("srun") and shutil.which("sbatch")):
+        raise BackendError(
+            "--on slurm: this machine has no srun and sbatch.",
+            hint="Start the bench on a login node of the cluster, or try it here with --on local.",
+        )
+    return where
+
+
 def read_parameters(given: list[str]) -> dict[str, Any]:
     """`NAME=VALUE` options as parameters, the values read as YAML. Raises SpecError for another form."""
     found = {}
@@ -45,12 +64,10 @@ def run_on(bench: Bench, jobs: list[Job], where: Where, poll: float = _POLL) -> 
     """Submit what is not done, a job for each (backend, profile, seed), wait for all, and return what went wrong.
 
     Everything of a job is in the bench's folder, which all machines must share: one that was finished meanwhile, by
-    whomever, is not run again. Raises BackendError without submitit, and SpecError for a parameter it does not know.
+    whomever, is not run again. Raises SpecError for a parameter that submitit does not know.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise BackendError("--on needs submitit.", hint="Install it with: pip install 'loraport[bench]'") from error
+    import submitit
+
     bench.stage()  # once, not by every job
     done = bench.done()
     groups: dict[tuple[str, str, int], list[Job]] = {}
@@ -95,11 +112,17 @@ def _wait_for(submitted: dict[str, Any], tell: Callable[[str], None], poll: floa
             if error is None:
                 tell(f"job {number}: done")
             else:
-                last = str(error).strip().splitlines()[-1:]
-                problems.append(f"job {number}: {''.join(last)} (its output: {job.paths.stderr})")
+                problems.append(f"job {number}: {_told_by(error)} (its output: {job.paths.stderr})")
         if waiting:
             time.sleep(poll)
     return problems
+
+
+def _told_by(error: BaseException) -> str:
+    """The error in a job's traceback, or the first line of what submitit says of a job that vanished."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    told = [line for line in lines if re.match(r"[\w.]+(Error|Interrupted|Exit): ", line)]
+    return told[-1] if told else lines[0]
 
 
 def write_sky(file: Path, spec_file: Path, bench: Bench, options: list[str]) -> None:

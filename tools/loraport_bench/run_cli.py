@@ -13,7 +13,6 @@ from loraport.cli.options import AsJson, Overrides, SpecFile
 
 if TYPE_CHECKING:
     from loraport_bench.bench import Bench
-    from loraport_bench.cluster import Where
     from loraport_bench.schedule import Job
     from loraport_bench.settings import Settings
 
@@ -131,7 +130,11 @@ def run(
         write_task(write_sky, spec, bench, _options_for_part(context))
         typer.echo(f"Wrote {write_sky}; its first lines say how to start it.")
         return
-    where = None if on is None else _where(on, job or [])
+    where = None
+    if on is not None:
+        from loraport_bench.cluster import find_cluster
+
+        where = find_cluster(on, job or [])
     bench.check()
     settings.keep_in(folder)
     if retry:
@@ -165,20 +168,9 @@ def _finish(bench: Bench, problems: list[str], as_json: bool) -> None:
             typer.echo(f"{one.key}: {summary(one)}")
         typer.echo(f"Wrote {bench.folder / RESULTS}")
     if problems:
-        raise BackendError(
-            "\n  ".join(["Some jobs ended without their rows:", *problems]), hint="The same command submits them again."
-        )
+        raise BackendError("\n  ".join(["Some jobs failed:", *problems]), hint="The same command submits them again.")
     if results.complete and not any(one.status == "ok" for one in results.runs):
         raise BackendError("No run came to its end.", hint=f"{bench.folder / RESULTS} says why each did not.")
-
-
-def _where(on: str, parameters: list[str]) -> Where:
-    from loraport.errors import SpecError, unknown
-    from loraport_bench.cluster import Where, read_parameters
-
-    if on not in ("slurm", "local"):
-        raise SpecError(unknown("--on:", on, ["slurm", "local"]))
-    return Where(on, read_parameters(parameters))  # type: ignore[arg-type]
 
 
 def _settings(**given: Any) -> Settings:

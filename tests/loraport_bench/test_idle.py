@@ -27,6 +27,7 @@ with alone_on_machine("a run of mine", wait=False):
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
     monkeypatch.setitem(sys.modules, "pynvml", made)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("loraport_bench.idle._POLL", 0.01)
     return made
 
@@ -37,6 +38,13 @@ def test_the_machine_is_described_with_its_card(driver: Driver) -> None:
     assert told.cores >= 1
     assert told.memory_bytes > 10**8
     assert told.processor
+
+
+def test_cards_that_are_hidden_are_not_waited_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.used = 4 * 2**30
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert wait_until_idle(1, patience=0) is None
+    assert machine().card is None
 
 
 def test_a_card_that_becomes_idle_is_waited_for(driver: Driver) -> None:

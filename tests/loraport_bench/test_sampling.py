@@ -103,5 +103,8 @@ def test_the_cards_are_those_that_a_run_would_use(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-7")
     assert visible_cards(1) == ["3"]
     assert visible_cards(2) == ["3", "GPU-7"]
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert visible_cards(1) == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible_cards(2) == ["0", "1"]

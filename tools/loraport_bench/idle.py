@@ -42,6 +42,8 @@ def machine(idle: Idle | None = None) -> Machine:
     except pynvml.NVMLError:
         return Machine(**known)
     try:
+        if not visible_cards(1):
+            return Machine(**known)
         handle = card_handle(visible_cards(1)[0])
         return Machine(
             **known,
@@ -69,7 +71,7 @@ def wait_until_idle(cards: int, patience: float, insist: bool = True) -> Idle | 
     started = time.monotonic()
     try:
         handles = [card_handle(card) for card in visible_cards(cards)]
-        while True:
+        while handles:
             seen = [_seen(handle, time.monotonic() - started) for handle in handles]
             busiest = max(seen, key=lambda one: (one.utilisation_percent or 0, one.used_bytes or 0))
             if all(_is_idle(one) for one in seen):
@@ -78,11 +80,12 @@ def wait_until_idle(cards: int, patience: float, insist: bool = True) -> Idle | 
                 if not insist:
                     return busiest
                 raise BackendError(
-                    f"The card is not idle: {busiest.utilisation_percent:.0f} % in use, "
+                    f"The card is not idle: {busiest.utilisation_percent or 0:.0f} % in use, "
                     f"{(busiest.used_bytes or 0) / 2**30:.1f} GiB taken, by {busiest.processes} processes.",
                     hint="End what uses it, wait longer with --wait SECONDS, or measure all the same with --busy.",
                 )
             time.sleep(_POLL)
+        return None
     finally:
         pynvml.nvmlShutdown()
 
@@ -139,9 +142,13 @@ def _seen(handle: Any, waited: float) -> Idle:
         processes: int | None = len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
     except pynvml.NVMLError:
         processes = None
+    try:
+        busy: float | None = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
+    except pynvml.NVMLError:
+        busy = None
     return Idle(
         waited_s=round(waited, 2),
-        utilisation_percent=pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+        utilisation_percent=busy,
         used_bytes=pynvml.nvmlDeviceGetMemoryInfo(handle).used,
         processes=processes,
     )

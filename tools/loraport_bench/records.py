@@ -142,7 +142,7 @@ class Range(Data):
 
 
 class Card(Data):
-    """The GPU while the run's steps were trained."""
+    """The GPU, the first of several, while the run's steps were trained."""
 
     clock_mhz: Range | None = Field(None, description="Clock of the multiprocessors.")
     memory_clock_mhz: Range | None = Field(None, description="Clock of the memory.")
@@ -153,7 +153,7 @@ class Card(Data):
 
 
 class Energy(Data):
-    """The card's energy counter; everything on the card counts."""
+    """The energy counter of the card, the first of several; everything on it counts."""
 
     joules: float = Field(ge=0, description="Over the whole run.")
     train_joules: float | None = Field(None, description="While steps were trained.")

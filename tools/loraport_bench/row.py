@@ -31,7 +31,7 @@ from loraport_bench.sampling import (
     CardSample,
     Samples,
     energy_between,
-    median_or_none,
+    range_of,
     size_of,
     throttled,
     visible_cards,
@@ -289,7 +289,7 @@ def _card(samples: list[CardSample]) -> r.Card | None:
         return None
 
     def seen(name: str) -> r.Range | None:
-        found = median_or_none([getattr(sample, name) for sample in samples])
+        found = range_of([getattr(sample, name) for sample in samples])
         return None if found is None else r.Range(low=found[0], median=found[1], high=found[2])
 
     names = ("clock_mhz", "memory_clock_mhz", "power_w", "temperature_c", "utilisation_percent")

@@ -151,9 +151,11 @@ class TreeSampler:
 
 
 def visible_cards(count: int) -> list[str]:
-    """The first `count` cards that CUDA_VISIBLE_DEVICES names, or the machine's first."""
-    named = [card.strip() for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card.strip()]
-    return (named or [str(number) for number in range(count)])[:count]
+    """The first `count` cards that CUDA_VISIBLE_DEVICES names, or the machine's first; none where it hides all."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is None:
+        return [str(number) for number in range(count)]
+    return [card.strip() for card in told.split(",") if card.strip() not in ("", "-1")][:count]
 
 
 def size_of(folder: Path) -> int:
@@ -225,7 +227,7 @@ def energy_between(samples: Sequence[CardSample], start: float, end: float) -> f
     return at(end) - at(start)
 
 
-def median_or_none(values: Sequence[float | None]) -> tuple[float, float, float] | None:
+def range_of(values: Sequence[float | None]) -> tuple[float, float, float] | None:
     """(least, median, most) of what was told; None when nothing was."""
     told = [value for value in values if value is not None]
     return (min(told), statistics.median(told), max(told)) if told else None

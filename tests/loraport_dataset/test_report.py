@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from loraport.cli.main import build_app
 from loraport.ideogram4 import IDEOGRAM4
+from loraport.pages import text_of
+from loraport.pages.svg import WARN
 from loraport.rules import ScannedImage, Setting
 from loraport_dataset.report import charts, contact
 from loraport_dataset.report.contact import ContactSheet, dominant_colours
@@ -121,8 +123,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_text_stands_out_from_what_is_behind_it() -> None:
-    style = Path(charts.__file__).with_name("style.css").read_text()
-    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]+);", style))
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]+);", text_of("loraport.pages", "base.css")))
     for name in ("ink", "muted", "accent", "error", "warning", "good"):
         assert contrast(colours[name], colours["paper"]) >= 4.5
         assert contrast(colours[name], colours["ground"]) >= 4.5
@@ -263,7 +264,7 @@ def test_plots_hold_for_one_image_and_for_extremes() -> None:
     assert charts.histogram([5], "tokens", 2048).count("<rect") == 1
     spread = charts.histogram([1, 100_000], "tokens", 2048)
     assert spread.count("<rect") == 2
-    assert charts.WARN in spread  # what is beyond the limit stands out
+    assert WARN in spread  # what is beyond the limit stands out
     one = [[0] * GRID for _ in range(GRID)]
     one[GRID - 1][0] = 1
     assert "most of them cover the bottom left" in charts.heat_map(one, "boxes")

@@ -1,7 +1,4 @@
-"""Plots as inline SVG, made of strings that are safe by construction: `Markup.format` escapes whatever is put in.
-
-Every plot is 360 units wide, so that its text stays readable on a phone, and names itself for screen readers.
-"""
+"""Plots of a dataset as inline SVG."""
 
 from __future__ import annotations
 
@@ -11,22 +8,13 @@ from collections.abc import Mapping, Sequence
 from markupsafe import Markup
 
 from loraport.buckets import Size
+from loraport.pages.svg import ACCENT, LINE, WARN, WIDTH, line, svg, text
 
-WIDTH = 360
-INK, MUTED, LINE, ACCENT, WARN = "#1b2027", "#59626e", "#d9dee5", "#2563c9", "#b3261e"
 #: Light to dark, for counts.
 SHADES = ("#e3edfb", "#cbdef7", "#afcbf1", "#90b5ea", "#6f9ce0", "#4f82d4", "#3569c4", "#2253ae", "#173f90", "#0e2c6e")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 10, 10, 40
 _BINS = 24
 _SPOTS = 32  #: places for bubbles along an axis, so that their number is bounded
-
-
-def svg(height: int, title: str, parts: Sequence[Markup]) -> Markup:
-    """A picture with its title, `WIDTH` units wide."""
-    head = Markup('<svg viewBox="0 0 {w} {h}" role="img" aria-label="{t}" class="plot">').format(
-        w=WIDTH, h=height, t=title
-    )
-    return head + Markup("").join(parts) + Markup("</svg>")
 
 
 def sizes_plot(sizes: Mapping[Size, int], resolution: int) -> Markup:
@@ -46,12 +34,12 @@ def sizes_plot(sizes: Mapping[Size, int], resolution: int) -> Markup:
 
     parts = []
     for tick in _octaves(low, high):
-        parts.append(_line(x(tick), _TOP, x(tick), _TOP + inner_h))
-        parts.append(_line(_LEFT, y(tick), _LEFT + inner_w, y(tick)))
-        parts.append(_text(x(tick), height - 24, f"{tick}", "middle"))
-        parts.append(_text(_LEFT - 6, y(tick) + 4, f"{tick}", "end"))
+        parts.append(line(x(tick), _TOP, x(tick), _TOP + inner_h))
+        parts.append(line(_LEFT, y(tick), _LEFT + inner_w, y(tick)))
+        parts.append(text(x(tick), height - 24, f"{tick}", "middle"))
+        parts.append(text(_LEFT - 6, y(tick) + 4, f"{tick}", "end"))
     start, end = max(low, resolution**2 / high), min(high, resolution**2 / low)
-    parts.append(_line(x(start), y(resolution**2 / start), x(end), y(resolution**2 / end), dashed=True))
+    parts.append(line(x(start), y(resolution**2 / start), x(end), y(resolution**2 / end), dashed=True))
     bubbles: dict[tuple[int, int], tuple[int, Size]] = {}
     for size, count in sizes.items():
         spot = (round(_SPOTS * math.log(size[0] / low) / span), round(_SPOTS * math.log(size[1] / low) / span))
@@ -66,7 +54,7 @@ def sizes_plot(sizes: Mapping[Size, int], resolution: int) -> Markup:
             "<title>{t}</title></circle>"
         )
         parts.append(Markup(circle).format(x=x(size[0]), y=y(size[1]), r=radius, c=ACCENT, t=told))
-    parts.append(_text(_LEFT + inner_w / 2, height - 6, "width, px", "middle"))
+    parts.append(text(_LEFT + inner_w / 2, height - 6, "width, px", "middle"))
     upwards = '<text transform="translate(11 {y}) rotate(-90)" text-anchor="middle" class="t">height, px</text>'
     parts.append(Markup(upwards).format(y=_TOP + inner_h / 2))
     return svg(height, f"Widths and heights of {sum(sizes.values()):,} images", parts)
@@ -86,7 +74,7 @@ def histogram(values: Sequence[int], unit: str, limit: int | None = None) -> Mar
     parts = []
     for tick in _count_ticks(most):
         y = _TOP + inner_h * (1 - tick / most)
-        parts += [_line(_LEFT, y, _LEFT + inner_w, y), _text(_LEFT - 6, y + 4, f"{tick:,}", "end")]
+        parts += [line(_LEFT, y, _LEFT + inner_w, y), text(_LEFT - 6, y + 4, f"{tick:,}", "end")]
     for index, count in enumerate(bins):
         if count:
             first = start + index * step
@@ -106,11 +94,11 @@ def histogram(values: Sequence[int], unit: str, limit: int | None = None) -> Mar
             )
     every = max(1, math.ceil(len(bins) / 6))
     for index in range(0, len(bins) + 1, every):
-        parts.append(_text(_LEFT + index * each, height - 24, f"{start + index * step:,}", "middle"))
+        parts.append(text(_LEFT + index * each, height - 24, f"{start + index * step:,}", "middle"))
     if limit is not None and start <= limit <= start + len(bins) * step:
         x = _LEFT + inner_w * (limit - start) / (len(bins) * step)
-        parts.append(_line(x, _TOP, x, _TOP + inner_h, dashed=True))
-    parts.append(_text(_LEFT + inner_w / 2, height - 6, unit, "middle"))
+        parts.append(line(x, _TOP, x, _TOP + inner_h, dashed=True))
+    parts.append(text(_LEFT + inner_w / 2, height - 6, unit, "middle"))
     return svg(height, f"{len(values):,} captions by length, {low:,} to {high:,} {unit}", parts)
 
 
@@ -150,7 +138,7 @@ def heat_map(rows: Sequence[Sequence[int]], what: str) -> Markup:
         )
         parts.append(Markup(guide).format(x=left + part * side, y=top + part * side, t=top, l=left, s=side))
     parts.append(_frame(left, top, side, "none"))
-    parts += [_text(WIDTH / 2, 12, "top of the picture", "middle"), *_legend(left, top + side + 12, side, most)]
+    parts += [text(WIDTH / 2, 12, "top of the picture", "middle"), *_legend(left, top + side + 12, side, most)]
     busiest = max((count, -number, -column) for number, row in enumerate(rows) for column, count in enumerate(row))
     place = _place(-busiest[1] / len(rows), -busiest[2] / len(rows))
     return svg(int(top + side + 46), f"Where {what} are; most of them cover the {place}", parts)
@@ -158,13 +146,13 @@ def heat_map(rows: Sequence[Sequence[int]], what: str) -> Markup:
 
 def _legend(left: float, top: float, side: float, most: int) -> list[Markup]:
     if most == 1:
-        return [_text(left + side / 2, top + 8, "no place is in two boxes", "middle")]
+        return [text(left + side / 2, top + 8, "no place is in two boxes", "middle")]
     width = side / len(SHADES)
     parts = []
     for index, shade in enumerate(SHADES):
         rect = '<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="9" fill="{c}"/>'
         parts.append(Markup(rect).format(x=left + index * width, y=top, w=width + 0.3, c=shade))
-    return [*parts, _text(left, top + 23, "few", "start"), _text(left + side, top + 23, f"{most:,} boxes", "end")]
+    return [*parts, text(left, top + 23, "few", "start"), text(left + side, top + 23, f"{most:,} boxes", "end")]
 
 
 def _shade(count: int, most: int) -> int | None:
@@ -199,18 +187,6 @@ def _count_ticks(most: int) -> list[int]:
 
 def _range(first: int, step: int) -> str:
     return f"{first:,}" if step == 1 else f"{first:,} to {first + step - 1:,}"
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, dashed: bool = False) -> Markup:
-    style = Markup(' stroke-width="1.5" stroke-dasharray="5 4"' if dashed else "")
-    line = '<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="{c}"{style}/>'
-    return Markup(line).format(x1=x1, y1=y1, x2=x2, y2=y2, c=WARN if dashed else LINE, style=style)
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> Markup:
-    return Markup('<text x="{x:.1f}" y="{y:.1f}" text-anchor="{a}" class="t">{t}</text>').format(
-        x=x, y=y, a=anchor, t=text
-    )
 
 
 def _frame(left: float, top: float, side: float, fill: str) -> Markup:

@@ -6,11 +6,11 @@ import importlib.metadata
 import time
 from collections import Counter
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+from loraport import pages
 from loraport.buckets import Size
 from loraport.disk import size_text
 from loraport.rules import SEVERITIES
@@ -66,16 +66,15 @@ class Chapter:
 
 def render(stats: list[Stats], report: Report, advice: Advice | None, title: str) -> str:
     """The whole page. Thumbnails are made here, one image at a time."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["box_colour"] = colour
     sheet = ContactSheet()
     chapters = [chapter(each, sheet) for each in stats[:MOST_SETS]]
-    text = environment.from_string(_file("page.html.jinja")).render(
+    text = pages.render(
+        "loraport_dataset.report",
+        "page.html.jinja",
+        "style.css",
+        box_colour=colour,
         title=title,
         mark=Markup(MARK),
-        style=Markup(_file("style.css")),
         version=importlib.metadata.version("loraport"),
         made=time.strftime("%Y-%m-%d %H:%M"),
         images=sum(each.images for each in stats),
@@ -121,10 +120,6 @@ def chapter(stats: Stats, sheet: ContactSheet) -> Chapter:
         measured_pictures=len(pixels),
         named=[(head, _most(colours), len(colours)) for head, colours in named if colours],
     )
-
-
-def _file(name: str) -> str:
-    return (files("loraport_dataset.report") / name).read_text(encoding="utf-8")
 
 
 def _tiles(stats: Stats) -> list[tuple[str, str]]:

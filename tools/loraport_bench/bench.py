@@ -29,7 +29,7 @@ from loraport_bench.quality import score_rows
 from loraport_bench.row import RECORD, Machinery, read_row, run_row
 from loraport_bench.schedule import Job, expected_seconds, schedule
 from loraport_bench.settings import Settings
-from loraport_bench.tiers import MATCHED, best_effort, inequalities, make, matched
+from loraport_bench.tiers import MATCHED, MEASURED, best_effort, inequalities, make, matched
 
 RESULTS = "results.json"
 #: What going through LoraPort may cost: a share of a step, and seconds of a run.
@@ -48,7 +48,7 @@ class Bench:
     command: str
     queue: bool = False  #: wait for the machine's lock
     _contents: dict[tuple[str, str], dict[str, dict[str, Any]]] = field(default_factory=dict)
-    _changed: dict[str, str] = field(default_factory=dict)
+    _changed: dict[str, str] = field(default_factory=lambda: dict(MEASURED))
 
     def __post_init__(self) -> None:
         self.jobs = schedule(self.settings)
@@ -110,6 +110,7 @@ class Bench:
                     with alone_on_machine(f"row {job.key} of {self.folder}", self.queue):
                         self.run_job(job, staged)
                     ran += 1
+                    self.gather()
         self.score(jobs)
 
     def run_job(self, job: Job, staged: Staged) -> r.Run:
@@ -181,8 +182,7 @@ class Bench:
 
     def _inequalities(self, staged: Staged) -> dict[str, list[r.Inequality]]:
         found = {}
-        firsts = {(job.tier, job.profile): job for job in reversed(self.jobs)}
-        for tier, profile in firsts:
+        for tier, profile in dict.fromkeys((job.tier, job.profile) for job in self.jobs):
             of_group = [job for job in self.jobs if (job.tier, job.profile, job.repeat) == (tier, profile, 0)]
             plans = {job.backend: made for job in of_group if isinstance(made := self.plan(job, staged), Plan)}
             found[f"{tier}/{profile}"] = inequalities(plans)

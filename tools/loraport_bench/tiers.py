@@ -46,7 +46,7 @@ COMMON: dict[str, Any] = {
 }
 
 #: What measuring asks of a spec, whatever it says.
-_MEASURED = {
+MEASURED = {
     "dataset.path": "the staged images, at their final size",
     "dataset.trigger_word": "none: it is in the staged captions",
     "validation.every": "0: the held-out images are scored after the run, by one evaluator for all",
@@ -105,7 +105,7 @@ def matched(settings: Settings, staged: Staged, profile: str) -> tuple[dict[str,
     memory = memory_of(settings, profile)
     for content in contents.values():
         content["memory"] = dict(memory)
-    changed = dict(_MEASURED)
+    changed = dict(MEASURED)
     for path, value in COMMON.items():
         if all(_at(content, path) == value for content in contents.values()):
             continue

@@ -2,7 +2,7 @@
 
 The compiler would make a matrix of the product first. On CUDA the narrow products of a LoRA are a Triton kernel: they
 are bound by memory, and cuBLAS, whose tiles are made for long sums, took half as long again on an H200
-(docs/benchmarks/2026-11-21-h200-narrow-products.txt).
+(docs/benchmarks/2026-11-21-h200-narrow-products.jsonl).
 """
 
 from __future__ import annotations

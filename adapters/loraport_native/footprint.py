@@ -3,8 +3,8 @@
 Each phase is a sum of terms, and each term follows from what the code holds at the fullest moment. Weights, adapter and
 optimizer are counted exactly; activations are counted in *states*, one being the hidden states of a batch: tokens ×
 width numbers in model.dtype. How many states an eager block takes was counted by running it on the meta device and
-following every storage; what a compiled one keeps, by reading it. Only a compiled block's `WORK` is fitted to the
-measured rows in docs/benchmarks.
+following every storage; what a compiled one keeps, by reading it. Only a compiled block's temporaries (`WORK`,
+`FORWARD_WORK`, `WIDENED`) are fitted to the measured rows in docs/benchmarks.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  #: of a number in model.dtype
 SLOTS = 2  #: blocks on the device when they are streamed (`stream.SLOTS`)
+STATES_UPWARDS = 13  #: `stream.STATES_UPWARDS`
 ASSUMED_TEXT_TOKENS = 512  #: of a caption, where no caption files tell
 MARGIN = 0.04  #: share of the room that checkpointing: auto leaves (`recompute._MARGIN`)
 LIBRARIES_GIB = 0.03  #: cuBLAS's workspace of 8 × 4 MiB, which the plan's environment asks for
@@ -41,10 +42,14 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.03, "adafactor": 0.0, "prodigy":
 KEPT = {False: 22.0, True: 9.0}
 #: The same, in widths of the feed-forward: w1 and w3; eager adds the activation of w1.
 KEPT_FEED_FORWARD = {False: 3, True: 2}
-#: States of gradients and temporaries at the fullest moment of a block's backward pass.
-WORK = {False: 6.0, True: 14.0}
-RECOMPUTED = 2.0  #: states more when a block is recomputed: its result, and the gradient that came in
+#: States of gradients and temporaries at the fullest moment of a block's backward pass; in a recomputed eager block two
+#: more, its result and the gradient that came in.
+WORK = {False: 6.0, True: 5.5}
+RECOMPUTED = {False: 2.0, True: 0.0}
+#: The same of a forward pass, of which a compiled block gives all that it keeps at its end, also if it is recomputed.
+FORWARD_WORK = {False: 13.0, True: 4.3}
 FORWARD = 13.0  #: states at the fullest moment of a block's pass without gradients
+WIDENED = {False: 1, True: 4}  #: stored weights, of the largest's size, that are there in model.dtype at once
 #: Full-size maps that the VAE has alive, in its first layer's channels: three to encode (`latents.ALIVE`), three of
 #: twice the channels to decode.
 VAE_ENCODES, VAE_DECODES = 3, 6
@@ -168,7 +173,8 @@ class Run:
         return _phase("drawing samples", terms, "set sample.guidance: 1, or sample.every: 0 to draw none")
 
     def _fullest(self, checkpointing: str) -> Phase:
-        """The fullest of three moments: the backward pass begins, it ends, the gradients are collected.
+        """The fullest moment: the backward pass begins, it ends, the gradients are collected; or, where blocks are
+        streamed, the forward pass ends.
 
         Blocks' activations go as the backward pass comes down, while the adapter's gradients come.
         """
@@ -188,6 +194,10 @@ class Run:
             # Collected in float32 from the live ones.
             {"gradients": summed + live},
         ]
+        if self.spec.memory.offload in ("group", "disk"):  # forward, more blocks are on the device
+            forward = FORWARD_WORK[self.compiled] * self._state() + self._widened()
+            kept = on_device * each + (block if self.compiled else each)
+            moments.append({"blocks ahead": self._upwards(), "activations": kept, "work": forward})
         fullest = max(moments, key=lambda moment: sum(moment.values()))
         return _phase("training", self._always() | fullest, "lower dataset.resolution, train.batch_size or lora.rank")
 
@@ -203,16 +213,21 @@ class Run:
 
     def _frozen(self) -> float:
         """Bytes of the blocks on the device, as they are stored, and of the layers around them."""
-        of, storage = self.dimensions, self.spec.memory.storage
-        block = of.block_parameters * _stored_bytes(storage, self.number)
-        if self.keeps_columns():
-            block *= 2
-        if storage in ("fp8", "int8"):
-            block += 4 * sum(rows for rows, _ in of.block_linears.values())
+        of, block = self.dimensions, self._block()
         count = of.blocks if self.spec.memory.offload == "none" else min(of.blocks, SLOTS)
         return count * block + of.other_parameters * self.number
 
-    def keeps_columns(self) -> bool:
+    def _block(self) -> float:
+        """Bytes of a block as it is stored."""
+        of, storage = self.dimensions, self.spec.memory.storage
+        block = of.block_parameters * _stored_bytes(storage, self.number)
+        if self._keeps_columns():
+            block *= 2
+        if storage in ("fp8", "int8"):
+            block += 4 * sum(rows for rows, _ in of.block_linears.values())
+        return block
+
+    def _keeps_columns(self) -> bool:
         """Whether rows multiplied in 8 bits are there transposed as well (`placement.load_placed`)."""
         memory = self.spec.memory
         spare = memory.offload == "none" and memory.gradient_checkpointing == "none"
@@ -245,13 +260,21 @@ class Run:
         return kept
 
     def _work(self, checkpointing: str) -> float:
-        """Bytes of gradients and temporaries in one block's backward pass, and of a weight widened for one product."""
-        of, memory = self.dimensions, self.spec.memory
-        work = (WORK[self.compiled] + (RECOMPUTED if checkpointing != "none" else 0)) * self._state()
+        """Bytes of gradients and temporaries in one block's backward pass, and of weights widened for its products."""
+        states = WORK[self.compiled] + (RECOMPUTED[self.compiled] if checkpointing != "none" else 0)
+        return states * self._state() + self._widened()
+
+    def _widened(self) -> float:
+        memory, linears = self.spec.memory, self.dimensions.block_linears
         if memory.storage == "none":
-            return work
-        largest = max(outputs * inputs for outputs, inputs in of.block_linears.values())
-        return work + largest * (self.number if memory.compute == "model" else 1)
+            return 0.0
+        largest = max(outputs * inputs for outputs, inputs in linears.values())
+        return largest * (WIDENED[self.compiled] * self.number if memory.compute == "model" else 1)
+
+    def _upwards(self) -> float:
+        """Bytes of the blocks that the forward pass has on the device besides `SLOTS` (`stream.slots_upwards`)."""
+        block = self._block()
+        return STATES_UPWARDS * self._state() // block * block
 
 
 def trained_parameters(lora: LoraSection, shapes: Iterable[tuple[int, int]]) -> int:

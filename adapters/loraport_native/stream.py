@@ -25,8 +25,15 @@ if TYPE_CHECKING:
     from loraport_native.models.ideogram4 import Ideogram4
 
 SLOTS = 2  #: one block computes while the next is copied
-MORE_UPWARDS = 2  #: slots for which the forward pass has room besides, since it holds no gradients
+#: Forward, hidden states (one tensor of a block's input each) whose memory more slots may take: about what a backward
+#: pass needs besides.
+STATES_UPWARDS = 13
 _ALIGNMENT = 256  # bytes; tensor cores want 16, and 256 keeps every copy on whole cache lines
+
+
+def slots_upwards(state: float, block: float, states: int = STATES_UPWARDS) -> int:
+    """Slots that the forward pass has besides: a hidden state takes `state` bytes, a block `block`."""
+    return int(states * state // block)
 
 
 class Source(Protocol):
@@ -126,10 +133,10 @@ class Stream:
     """Streams the blocks of one model. `take` each block once it is loaded, then `attach` to the model."""
 
     def __init__(
-        self, source: Source, device: torch.device, slots: int = SLOTS, more_upwards: int = MORE_UPWARDS
+        self, source: Source, device: torch.device, slots: int = SLOTS, states_upwards: int = STATES_UPWARDS
     ) -> None:
         self.source, self.device = source, device
-        self.base, self.more_upwards = slots, more_upwards
+        self.base, self.states_upwards = slots, states_upwards
         self.tensors: list[list[Tensor]] = []
         self.size = 0  #: bytes of a block
         self.layout: list[tuple[int, Tensor]] = []  #: offset and an example of each of a block's tensors
@@ -197,7 +204,7 @@ class Stream:
     def _room(self, number: int, upwards: bool) -> int:
         """Blocks that may be on the device while this one computes."""
         free = (len(self.tensors) - number) * self.kept_bytes // self.size
-        return self.base + free + (self.more_upwards if upwards and self.kept_bytes else 0)
+        return self.base + free + (slots_upwards(self.kept_bytes, self.size, self.states_upwards) if upwards else 0)
 
     def _release(self, needed: set[int], room: int) -> None:
         for number in [number for number in self.held if number not in needed]:

@@ -33,8 +33,10 @@ def settings(sets: Mapping[str, Any], profiles: Mapping[tuple[str, str], Profile
 
 
 def native_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a data file that are the native backend's, of the released model's size, and came to their end."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    """The rows of a data file that are the native backend's, of the released model's size, and came to their end; of
+    lines for the same row of `loraport bench step` the newest."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = {(line.get("row", number), line.get("seed")): line for number, line in enumerate(lines)}.values()
     return [row for row in rows if row.get("status", "ok") == "ok" and "peak_allocated_gib" in row and _is_native(row)]
 
 

@@ -100,7 +100,7 @@ def test_ranges_for_a_number_of_images() -> None:
 
 def test_the_time_says_what_was_measured_and_what_was_scaled(images: Path) -> None:
     wanted = spec({"path": str(images), "resolution": 512}, memory={"profile": "80gb"}, train={"steps": 100})
-    row = next(row for row in plugins().measurements() if row.memory["gradient_checkpointing"] == "none")
+    row = next(row for row in plugins().measurements() if row.memory["storage"] == "none")
     advice = advise(wanted, BACKEND, look_at(wanted), Card(row.card, 140, (9, 0)), [row])
     assert advice.seconds == pytest.approx(100 * row.step_s * (32**2 + 10) / (64**2 + 512))
     line = advice.time_line()

@@ -141,6 +141,11 @@ def test_the_packages_own_measurements_tell_the_time_on_their_card() -> None:
             *rows,
             card=Card(row.card, 140.0, (9, 0)),
             memory={**memory, "quantize": None, "storage": row.memory["storage"], "compute": row.memory["compute"]},
+            dataset={"resolution": row.resolution},
+            lora={"rank": row.rank},
+            train={"batch_size": row.batch_size, "optimizer": row.optimizer, "gpus": row.gpus},
         )
         assert isinstance(found, Pace)
-        assert found.step_s == row.step_s
+        assert (found.scaled, found.step_s) == (1, found.measured.step_s)
+        same = ("memory", "gpus", "resolution", "rank", "batch_size", "optimizer")
+        assert [getattr(found.measured, name) for name in same] == [getattr(row, name) for name in same]

@@ -307,5 +307,5 @@ def test_nothing_is_predicted_for_the_tiny_checkpoint_or_off_cuda(sections: dict
 
 
 def test_what_the_trainer_counts_with_is_what_is_predicted_with() -> None:
-    assert footprint.SLOTS == stream.SLOTS
+    assert (footprint.SLOTS, footprint.STATES_UPWARDS) == (stream.SLOTS, stream.STATES_UPWARDS)
     assert footprint.MARGIN == recompute._MARGIN

@@ -96,7 +96,7 @@ def streamed(checkpoint: Path, **settings: int) -> tuple[Stream, Ideogram4, Adap
 
 
 def test_each_block_is_copied_once_a_pass_and_not_at_the_turn(tiny_official: Path) -> None:
-    _, model, adapter, copies = streamed(tiny_official, slots=2, more_upwards=0)
+    _, model, adapter, copies = streamed(tiny_official, slots=2, states_upwards=0)
     step(model, adapter)
     assert copies == [0, 1, 2, 0], "of three blocks, 2 and 1 are still there when the backward pass begins"
     copies.clear()
@@ -107,7 +107,7 @@ def test_each_block_is_copied_once_a_pass_and_not_at_the_turn(tiny_official: Pat
 def test_the_device_holds_as_many_blocks_as_there_is_room_for_at_each_moment(
     tiny_official: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream, model, adapter, copies = streamed(tiny_official, slots=1, more_upwards=1)
+    stream, model, adapter, copies = streamed(tiny_official, slots=1, states_upwards=2)
     seen: list[tuple[int, bool, int]] = []
     arrive = stream.arrive
 

@@ -46,6 +46,13 @@ def test_every_number_in_the_package_is_one_of_the_benchmarks() -> None:
         assert row in copied(BENCHMARKS / row.source, PROFILES)
 
 
+def test_of_lines_for_the_same_row_the_newest_counts(tmp_path: Path) -> None:
+    file = tmp_path / "step.jsonl"
+    again = {**BENCH_ROW, "step_s": {"median": 0.4, "mean": 0.4}}
+    file.write_text("".join(json.dumps(row) + "\n" for row in (BENCH_ROW, again)))
+    assert [row.step_s for row in copied(file, PROFILES)] == [0.4]
+
+
 def test_a_profile_carries_the_measurements_with_its_settings_and_no_others() -> None:
     hardware = [profile for (kind, _), profile in PROFILES.items() if kind == "hardware"]
     assert any(profile.measured for profile in hardware)

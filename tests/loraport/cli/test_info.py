@@ -44,7 +44,7 @@ def test_profiles_are_grouped_by_the_field_that_names_them(monkeypatch: pytest.M
 def test_a_hardware_profile_stands_beside_what_it_is_predicted_and_was_measured_to_take(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "240")
     profile = next(p for (kind, _), p in plugins().profiles().items() if kind == "hardware" and p.measured)
     row = profile.measured[0]
     out, _ = run("profiles")

@@ -73,7 +73,8 @@ def on_disk(spec: TrainSpec, run_dir: Path | None, tell: Callable[[str], None] =
         told = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise DataError(f"The datasets do not go together as they are on the hub now: {told}.") from error
     if run_dir is not None:
-        check_captions(here)
+        for warning in check_captions(here):
+            tell(f"warning: {warning}")
     return here
 
 

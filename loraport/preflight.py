@@ -1,13 +1,16 @@
 """Captions that would train garbage: found before a run starts, whatever the backend.
 
 Trainers take a broken JSON caption for plain text and train its brackets. The rules that are marked `stops_training`
-(docs/dataset-rules.md) are held against every caption of the spec; everything else is `loraport check`'s.
+(docs/dataset-rules.md) are held against every caption of the spec. Other captions that break a rule of the family are
+trained, as the family's own tools do, but not in silence: they are counted. Images, and what only a whole set tells,
+are `loraport check`'s.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,34 +29,67 @@ if TYPE_CHECKING:
 _TOLD = 10
 
 
-def check_captions(spec: TrainSpec) -> None:
+def check_captions(spec: TrainSpec, strict: bool = False) -> list[str]:
     """Raise DataError that names the captions (ten, then the count) which no trainer may be given, with the fixes.
 
-    Datasets that are not on this disk, and files that cannot be read, are passed over: reading them is what fails.
+    Returns a warning on those that break other rules of severity error, if there are any; with `strict` it is a
+    DataError too. Datasets that are not on this disk, and files that cannot be read, are passed over: reading them is
+    what fails.
     """
     family = check_family(spec, plugins().families())
     rules = [
         rule
         for rule in plugins().rules().values()
-        if issubclass(rule, CaptionRule) and rule.stops_training and rule.family in (None, family.name)
+        if issubclass(rule, CaptionRule) and rule.severity == "error" and rule.family in (None, family.name)
     ]
-    found: list[str] = []
-    count = 0
+    refused, broken = _Told(), _Told()
     for one in _sets(spec):
         setting = Setting(family, caption_ext=one.caption_ext, trigger_word=one.trigger_word)
+        chosen = [rule() for rule in sorted(rules, key=lambda rule: not rule.stops_training)]
         for name, text in _texts(one):
-            problem = _first_problem([rule() for rule in rules], name, text, setting)
-            if problem is not None:
-                count += 1
-                found += [f"{name}: {problem}"] if count <= _TOLD else []
-    if not count:
-        return
-    more = [f"and {count - _TOLD} more"] if count > _TOLD else []
-    what = f"{count} captions would" if count > 1 else "A caption would"
-    raise DataError(
-        "\n  ".join([f"{what} be trained as plain text, brackets and all:", *found, *more]),
-        hint="`loraport check SPEC` names them all with every other finding; `loraport dataset fix` repairs many.",
-    )
+            found = _first_problem(chosen, name, text, setting)
+            if found is not None:
+                rule, problem = found
+                (refused if rule.stops_training else broken).add(rule, f"{name}: {problem}")
+    if refused.count:
+        what = f"{refused.count} captions would" if refused.count > 1 else "A caption would"
+        raise DataError(
+            refused.text(f"{what} be trained as plain text, brackets and all:"),
+            hint="`loraport check SPEC` names them all with every other finding; `loraport dataset fix` repairs many.",
+        )
+    if not broken.count:
+        return []
+    counted = ", ".join(f"{rule} {count:,}" for rule, count in broken.by_rule.most_common())
+    what = f"{broken.count:,} captions break" if broken.count > 1 else "A caption breaks"
+    if strict:
+        raise DataError(
+            broken.text(f"{what} the rules of {family.title} ({counted}):"),
+            hint="Repair them (`loraport dataset fix` does many), or leave out --strict to train them as they are.",
+        )
+    return [
+        f"{what} the rules of {family.title} ({counted}), such as {broken.lines[0]} Trained as they are; "
+        "`loraport check SPEC` names them all, --strict refuses them."
+    ]
+
+
+@dataclass
+class _Told:
+    """Captions with their problem: counted, and the first ten in words."""
+
+    lines: list[str] = field(default_factory=list)
+    by_rule: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def count(self) -> int:
+        return self.by_rule.total()
+
+    def add(self, rule: CaptionRule, line: str) -> None:
+        self.by_rule[rule.id] += 1
+        self.lines += [line] if self.count <= _TOLD else []
+
+    def text(self, heading: str) -> str:
+        more = [f"and {self.count - _TOLD} more"] if self.count > _TOLD else []
+        return "\n  ".join([heading, *self.lines, *more])
 
 
 def _sets(spec: TrainSpec) -> Iterator[ImageSet]:
@@ -93,7 +129,7 @@ def _read(file: Path) -> str | None:
         return None
 
 
-def _first_problem(rules: list[CaptionRule], name: str, text: str, setting: Setting) -> str | None:
+def _first_problem(rules: list[CaptionRule], name: str, text: str, setting: Setting) -> tuple[CaptionRule, str] | None:
     caption = make_caption(name, text, setting.family.caption_format)
     for rule in rules:
         try:
@@ -104,5 +140,6 @@ def _first_problem(rules: list[CaptionRule], name: str, text: str, setting: Sett
                 hint="Update or remove the plugin that brings it; `loraport plugins` lists those installed.",
             ) from error
         if problem is not None:
-            return f"{problem.message} {problem.fix}"
+            where = f"{problem.json_path}: " if problem.json_path else ""
+            return rule, f"{where}{problem.message} {problem.fix}"
     return None

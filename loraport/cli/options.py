@@ -22,7 +22,10 @@ Overrides = Annotated[
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder. Default: runs/<name>, numbered when taken.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop unless the backend does every field exactly.")]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Stop unless the backend does every field exactly and captions keep the rules."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 

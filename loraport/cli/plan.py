@@ -57,7 +57,8 @@ def add_commands(cli: typer.Typer) -> None:
                 typer.secho(f"warning: {each.backend}: {warning}", fg=typer.colors.YELLOW, err=True)
         for each in plans:
             each.check(strict)
-        check_captions(first.spec)
+        for warning in check_captions(first.spec, strict):
+            typer.secho(f"warning: {warning}", fg=typer.colors.YELLOW, err=True)
 
 
 def _show(plan: Plan) -> None:

@@ -59,8 +59,9 @@ def train(
     """Train `spec` in a new run folder and end with a LoRA that ComfyUI loads.
 
     `backend` overrides the spec's; `out` is the run folder (by default runs/<name>, numbered when that is taken). With
-    `strict` every field must be done exactly. Captions that no trainer may be given stop it before the run has a folder
-    (`loraport.preflight`). `on_event` hears each event (`loraport.run.events`).
+    `strict` every field must be done exactly and every caption keep the family's rules. Captions that no trainer may be
+    given always stop it before the run has a folder (`loraport.preflight`). `on_event` hears each event
+    (`loraport.run.events`).
 
     Raises SpecError, DataError, BackendError, OutOfMemoryError, RunFolderError or Interrupted; results of earlier runs
     stay as they are.
@@ -71,10 +72,10 @@ def train(
     made.check(strict)
     if made.memory is not None:
         made.memory.check()
-    check_captions(made.spec)
+    warnings = check_captions(made.spec, strict)
     chosen = _ready_backend(made)
     with RunFolder.create(made.run_dir, made) as folder:
-        return _run(made, folder, chosen, on_event, resume=False)
+        return _run(made, folder, chosen, on_event, resume=False, warnings=warnings)
 
 
 def resume(folder: Path, on_event: OnEvent | None = None) -> RunResult:
@@ -96,11 +97,10 @@ def resume(folder: Path, on_event: OnEvent | None = None) -> RunResult:
             return RunResult(opened.path, lora, opened.proof_file, state.step)
         made = _plan(opened.read_spec(), state.backend, opened.path, resume=True)
         made.check()
-        if not state.trained:
-            check_captions(made.spec)
+        warnings = [] if state.trained else check_captions(made.spec)
         backend = _ready_backend(made)
         opened.write_plan(made)
-        return _run(made, opened, backend, on_event, resume=True)
+        return _run(made, opened, backend, on_event, resume=True, warnings=warnings)
 
 
 def runs(root: Path | None = None) -> list[RunEntry]:
@@ -108,7 +108,9 @@ def runs(root: Path | None = None) -> list[RunEntry]:
     return list_runs(DEFAULT_ROOT if root is None else root)
 
 
-def _run(made: Plan, folder: RunFolder, backend: Backend, on_event: OnEvent | None, resume: bool) -> RunResult:
+def _run(
+    made: Plan, folder: RunFolder, backend: Backend, on_event: OnEvent | None, resume: bool, warnings: list[str]
+) -> RunResult:
     from loraport.families import check_family
     from loraport.plugins import plugins
     from loraport.run.finish import finish
@@ -117,7 +119,7 @@ def _run(made: Plan, folder: RunFolder, backend: Backend, on_event: OnEvent | No
 
     listeners, broken = _listeners(made, folder)
     with Record(folder, listeners, on_event) as record:
-        for warning in broken:
+        for warning in [*warnings, *broken]:
             record.warn_once(warning, warning)
         try:
             source = _collected(made, folder, backend) if record.state.trained else None

@@ -19,6 +19,7 @@ from loraport.spec.load import build_spec
 from loraport.spec.models import TrainSpec
 
 BROKEN = compact(CAPTION)[:-1]
+MISSING = "compositional_deconstruction: Required and missing"
 BEFORE = "mp_dog, " + compact(CAPTION)
 
 
@@ -96,6 +97,28 @@ def test_other_faults_stop_no_run(tmp_path: Path) -> None:
     check_captions(spec(tmp_path))
 
 
+def test_captions_that_break_a_rule_of_the_model_are_trained_with_one_warning_on_all_of_them(tmp_path: Path) -> None:
+    for number in range(12):
+        write(tmp_path, f"{number:02}.png", compact({"high_level_description": "A dog."}))
+    write_pair(tmp_path, "whole.png")
+    (warning,) = check_captions(spec(tmp_path))
+    assert warning.startswith("12 captions break the rules of Ideogram 4 (root 12), such as ")
+    assert f"00.json: {MISSING}" in warning
+    assert "01.json" not in warning
+
+
+def test_strict_refuses_captions_that_break_a_rule_of_the_model(tmp_path: Path) -> None:
+    write(tmp_path / "set", "a.png", compact({"high_level_description": "A dog."}))
+    with pytest.raises(DataError, match=rf"A caption breaks .* \(root 1\):\n  .*a\.json: {MISSING}"):
+        train(spec(tmp_path / "set"), "native", out=tmp_path / "run", strict=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_captions_by_the_rules_are_trained_without_a_word(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a.png")
+    assert check_captions(spec(tmp_path), strict=True) == []
+
+
 def test_a_folder_that_is_not_here_is_no_matter_of_the_captions(tmp_path: Path) -> None:
     check_captions(spec(tmp_path / "gone"))
 
@@ -107,3 +130,13 @@ def test_plan_shows_its_table_and_then_refuses(tmp_path: Path) -> None:
     assert result.exit_code == 4
     assert "train.learning_rate" in result.stdout
     assert "a.json" in result.stderr
+
+
+def test_plan_warns_of_captions_that_break_a_rule_and_refuses_them_with_strict(tmp_path: Path) -> None:
+    write(tmp_path / "set", "a.png", compact({"high_level_description": "A dog."}))
+    (tmp_path / "spec.yaml").write_text("name: dog\nmodel: {checkpoint: tiny}\ndataset: {path: set}\n")
+    command = ["plan", str(tmp_path / "spec.yaml")]
+    warned, refused = (CliRunner().invoke(build_app(), [*command, *more]) for more in ([], ["--strict"]))
+    assert (warned.exit_code, refused.exit_code) == (0, 4)
+    assert "warning: A caption breaks the rules of Ideogram 4" in warned.stderr
+    assert "A caption breaks the rules of Ideogram 4" in refused.stderr

@@ -132,7 +132,9 @@ class Bench:
                 self.tell(problem)
 
     def gather(self) -> r.Results:
-        """Write results.json from the rows that there are."""
+        """Write results.json, and the reports on it, from the rows that there are."""
+        from loraport_bench.report import write_reports
+
         staged, done = self.stage(), self.done()
         runs = with_differences([done[job.key] for job in self.jobs if job.key in done])
         path = self.folder / RESULTS
@@ -151,6 +153,7 @@ class Bench:
             runs=runs,
         )
         results.write(path)
+        write_reports(results, self.folder)
         return results
 
     @contextlib.contextmanager

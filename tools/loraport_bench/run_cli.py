@@ -157,6 +157,7 @@ def _finish(bench: Bench, problems: list[str], as_json: bool) -> None:
     from loraport.errors import BackendError
     from loraport_bench.bench import RESULTS, summary
     from loraport_bench.records import Results
+    from loraport_bench.report import MARKDOWN, PAGE
 
     if not bench.done():
         raise BackendError("\n  ".join(["No row was run.", *problems]))
@@ -166,7 +167,7 @@ def _finish(bench: Bench, problems: list[str], as_json: bool) -> None:
     else:
         for one in results.runs:
             typer.echo(f"{one.key}: {summary(one)}")
-        typer.echo(f"Wrote {bench.folder / RESULTS}")
+        typer.echo(f"Wrote {bench.folder / RESULTS}, {MARKDOWN} and {PAGE}")
     if problems:
         raise BackendError("\n  ".join(["Some jobs failed:", *problems]), hint="The same command submits them again.")
     if results.complete and not any(one.status == "ok" for one in results.runs):

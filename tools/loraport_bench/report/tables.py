@@ -1,0 +1,301 @@
+"""The report's tables as plain texts, the same for Markdown and HTML."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loraport_bench.records import Results, Run
+from loraport_bench.report.numbers import Entry, Group, gib, joules, numbers, ranged, seconds
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows; the first cell of a row is its name. `words` are columns of prose, the others are numbers."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: frozenset[str] = frozenset()
+
+
+def headline(group: Group) -> Table:
+    """Each backend's speed, memory, time, energy and quality."""
+    head = ("backend", "s a step", "images/s", "device memory", "whole run", "J an image", "held-out loss", "repeats")
+    rows = []
+    for one in group.entries:
+        repeats = f"{len(one.good)} of {len(one.runs)}"
+        if not one.good:
+            rows.append((one.backend, *["–"] * 6, f"{repeats}: {one.why_not}"))
+            continue
+        speed = one.images_per_second
+        rows.append(
+            (
+                one.backend,
+                ranged(one.step_s, _bare),
+                _bare(speed.median) if speed else "–",
+                f"{gib(one.device_bytes.median)}{_scope(one)}" if one.device_bytes else "–",
+                seconds(one.total_s.median) if one.total_s else "–",
+                joules(one.joules_per_image.median) if one.joules_per_image else "–",
+                _loss(one),
+                repeats,
+            )
+        )
+    return Table(group.title, head, rows, frozenset({"repeats"}))
+
+
+def _bare(value: float) -> str:
+    return f"{value:#.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def _scope(one: Entry) -> str:
+    return " *" if "device" in one.scopes else ""
+
+
+def _loss(one: Entry) -> str:
+    if one.loss is None or one.gain is None:
+        return "–"
+    spread = f" ({one.loss.low:.4f} – {one.loss.high:.4f})" if one.loss.count > 1 else ""
+    return f"{one.loss.median:.4f}{spread}, {-100 * one.gain.median:+.1f} %"
+
+
+def phases(group: Group) -> Table:
+    """Median seconds of each phase."""
+    names = group.phases
+    rows = []
+    for one in group.entries:
+        if one.good:
+            found = [one.phase(name) for name in names]
+            rows.append((one.backend, *(f"{each.median:,.1f}" if each else "–" for each in found)))
+    return Table("Seconds in each phase (median of the repeats)", ("backend", *map(phase_title, names)), rows)
+
+
+def phase_title(name: str) -> str:
+    return "load, quantise" if name == "load_quantise" else name
+
+
+def resources(group: Group) -> Table:
+    """What else a run takes and did."""
+    head = ("backend", "host memory", "torch allocated", "torch reserved", "written", "cache", "LoRA", "power", "clock")
+    rows = []
+    for one in group.entries:
+        if not one.good:
+            continue
+        runs = one.good
+        peaks = [run.torch_peaks for run in runs if run.torch_peaks]
+        disks = [run.disk for run in runs if run.disk]
+        cards = [run.card for run in runs if run.card]
+        cells = [
+            one.host_bytes,
+            numbers(each.allocated_bytes for each in peaks),
+            numbers(each.reserved_bytes for each in peaks),
+            numbers(each.written_bytes for each in disks),
+            numbers(each.cache_bytes for each in disks),
+            numbers(each.lora_bytes for each in disks),
+        ]
+        power = numbers(each.power_w.median if each.power_w else None for each in cards)
+        clock = numbers(each.clock_mhz.median if each.clock_mhz else None for each in cards)
+        rows.append(
+            (
+                one.backend,
+                *(gib(each.median) if each else "–" for each in cells),
+                f"{power.median:.0f} W" if power else "–",
+                f"{clock.median:.0f} MHz" if clock else "–",
+            )
+        )
+    return Table("What else it takes (medians of the repeats)", head, rows)
+
+
+def work(group: Group) -> Table:
+    """What was done, counted in the outputs."""
+    head = ("backend", "steps", "images", "modules", "parameters", "differs")
+    rows = []
+    for one in group.entries:
+        counted = dict.fromkeys(
+            (
+                f"{run.work.steps:,} of {run.work.expected_steps:,}",
+                _count(run.work.images, f" of {run.work.expected_images:,}"),
+                _count(run.work.modules),
+                _count(run.work.parameters),
+                "; ".join(run.work.differs) or "no",
+            )
+            for run in one.good
+            if run.work
+        )
+        rows += [(one.backend, *cells) for cells in counted]
+    return Table("Work, counted in the outputs", head, rows, frozenset({"differs"}))
+
+
+def _count(value: int | None, after: str = "") -> str:
+    return "not told" if value is None else f"{value:,}{after}"
+
+
+def overheads(results: Results) -> Table | None:
+    """What going through LoraPort costs; None when it was not measured."""
+    rows = [
+        (
+            run.backend,
+            f"{run.tier}/{run.profile}",
+            seconds(run.overhead.step_median_s),
+            f"{100 * run.overhead.step_share:+.2f} %",
+            seconds(run.overhead.run_s),
+            f"{run.overhead.run_extra_s:+.2f} s",
+            f"{run.overhead.pairs}",
+        )
+        for run in results.runs
+        if run.overhead
+    ]
+    head = ("backend", "group", "step by hand", "step through LoraPort", "run by hand", "run through LoraPort", "pairs")
+    caption = "The same generated configuration started by hand, and through LoraPort"
+    return Table(caption, head, rows, frozenset({"group"})) if rows else None
+
+
+def unfinished(results: Results) -> Table | None:
+    """Every row without a result, with its reason; None when there is none."""
+    rows = [
+        (
+            run.key,
+            run.failure.reason.replace("-", " "),
+            run.failure.message,
+            "–" if run.failure.exit_code is None else str(run.failure.exit_code),
+            seconds(run.total_s),
+        )
+        for run in results.runs
+        if run.failure
+    ]
+    head = ("run", "reason", "what was told", "exit code", "after")
+    return Table("Runs without a result", head, rows, frozenset({"reason", "what was told"})) if rows else None
+
+
+def every_run(results: Results) -> Table:
+    """One row a run."""
+    head = ("run", "status", "started, UTC", "s a step", "clock", "device memory", "whole run", "held-out loss")
+    rows = [
+        (
+            run.key,
+            run.status if run.failure is None else f"{run.status}: {run.failure.reason.replace('-', ' ')}",
+            f"{run.started:%Y-%m-%d %H:%M}",
+            f"{_bare(run.steps.seconds.median)} ({_bare(run.steps.seconds.p10)} – {_bare(run.steps.seconds.p90)})"
+            if run.steps
+            else "–",
+            run.steps.measured if run.steps else "–",
+            f"{gib(run.device_memory.peak_bytes)} ({run.device_memory.scope})" if run.device_memory else "–",
+            seconds(run.total_s),
+            f"{run.quality.loss:.4f}" if run.quality else "–",
+        )
+        for run in results.runs
+    ]
+    return Table("Every run, in the order of the schedule", head, rows, frozenset({"status", "clock", "started, UTC"}))
+
+
+def unequal(results: Results, group: str) -> Table | None:
+    """What is still different in a group; None when nothing is."""
+    found = results.inequalities.get(group, [])
+    if not found:
+        return None
+    names = list(dict.fromkeys(name for each in found for name in each.backends))
+    rows = [(each.path, _plain(each.value), *(each.backends.get(name, "–") for name in names)) for each in found]
+    return Table(f"Still different in {group}", ("field", "spec", *names), rows, frozenset({"spec", *names}))
+
+
+def _plain(value: object) -> str:
+    return "–" if value is None else str(value)
+
+
+def protocol(results: Results) -> list[tuple[str, str]]:
+    """How the bench was run, in pairs of a name and a text."""
+    told = results.protocol
+    seeds = ", ".join(map(str, told.seeds))
+    batch = "1 image a step" if told.images_a_step == 1 else f"{told.images_a_step} images a step"
+    return [
+        ("Order", f"{told.repeats} repeats, forwards and backwards in turn: {', '.join(told.backends)}; seeds {seeds}"),
+        (
+            "Steps",
+            f"{told.steps:,} optimizer steps a run of {batch}; the first {told.warm_up} are left out of the times",
+        ),
+        (
+            "Images",
+            f"{told.images:,} trained on, {told.held_out:,} held out, at {told.resolution} px, sized beforehand",
+        ),
+        ("Of images and captions", f"SHA-256 {told.images_sha256}"),
+        ("Text", told.text_tokens),
+        ("Memory", f"sampled every {1000 * told.sampling_s:.0f} ms from outside, over the whole process tree"),
+        ("Limit", f"{told.time_limit_s:,.0f} s a run"),
+        ("Matched tier", "exact in every backend: " + ", ".join(told.matched_fields)),
+        *(("Changed by the bench", f"{path} = {why}") for path, why in told.changed.items()),
+        ("Spec", f"SHA-256 {results.spec_sha256}"),
+        ("Command", results.command),
+    ]
+
+
+def machines(results: Results) -> list[tuple[str, str]]:
+    """The hardware, drivers and dates; several when runs were on several machines."""
+    found: dict[str, list[Run]] = {}
+    for run in results.runs:
+        if (at := run.machine) is not None:
+            card = "no GPU"
+            if at.card:
+                capability = ".".join(map(str, at.compute_capability or ())) or "unknown"
+                size = f", {gib(at.card_bytes)}" if at.card_bytes else ""
+                card = f"{at.cards} × {at.card}{size}, compute capability {capability}, driver {at.driver or 'unknown'}"
+            host = f"{at.processor}, {at.cores} cores, {gib(at.memory_bytes)}; {at.system}"
+            found.setdefault(f"{card}; {host}", []).append(run)
+    pairs = []
+    for text, runs in found.items():
+        name = "Machine" if len(found) == 1 else f"Machine of {len(runs)} runs"
+        first, last = min(run.started for run in runs), max(run.started for run in runs)
+        pairs += [(name, text), ("Started", f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC")]
+        idle = [run.machine.idle for run in runs if run.machine and run.machine.idle]
+        used = numbers(each.used_bytes for each in idle)
+        if used:
+            busy = numbers(each.utilisation_percent for each in idle)
+            use = f", at most {busy.high:.0f} % busy" if busy else ""
+            pairs.append(("Before the runs", f"at most {gib(used.high)} of the card in use{use}"))
+        throttled = sorted({why for run in runs if run.card for why in run.card.throttled})
+        if any(run.card for run in runs):
+            pairs.append(("Clocks lowered", ", ".join(throttled) or "in no run"))
+        heat = numbers(run.card.temperature_c.high if run.card and run.card.temperature_c else None for run in runs)
+        if heat:
+            pairs.append(("Hottest", f"{heat.high:.0f} °C"))
+    pairs.append(
+        (
+            "Report",
+            f"LoraPort {importlib.metadata.version('loraport')}; results of {results.updated:%Y-%m-%d %H:%M} UTC",
+        )
+    )
+    return pairs
+
+
+def versions(results: Results) -> Table:
+    """Every version that any run recorded, a column for each backend."""
+    backends = list(dict.fromkeys(run.backend for run in results.runs))
+    names = sorted({name for run in results.runs for name in run.versions})
+    rows = []
+    for name in names:
+        cells = []
+        for backend in backends:
+            of = [run.versions[name] for run in results.runs if run.backend == backend and name in run.versions]
+            cells.append(", ".join(dict.fromkeys(of)) or "–")
+        rows.append((name, *cells))
+    return Table("Versions", ("", *backends), rows, frozenset(backends))
+
+
+def notes(results: Results) -> list[tuple[str, list[str]]]:
+    """Each remark on runs, with the runs."""
+    found: dict[str, list[str]] = {}
+    for run in results.runs:
+        for note in run.notes:
+            found.setdefault(note, []).append(run.key)
+    return list(found.items())
+
+
+def evaluators(results: Results) -> str:
+    """Who scored, on what; empty when nothing was scored."""
+    found = {
+        f"{run.quality.evaluator}, on {run.quality.triples} fixed triples of image, noise and time "
+        f"({run.quality.images} held-out images)"
+        for run in results.runs
+        if run.quality
+    }
+    return "; ".join(sorted(found))

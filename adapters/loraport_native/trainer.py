@@ -91,6 +91,7 @@ class Trainer:
         self._ahead: dict[int, Draw] = {}
         self._untold: Taken | None = None
         self._told_at = 0.0
+        self.runs_ahead = self.device.type == "cuda"  #: whether what the host queues is done later
 
     def fit(self) -> None:
         """Train to the last step. Raises Stopped when a stop was asked for, BackendError when training diverges."""
@@ -188,7 +189,7 @@ class Trainer:
             self.ema.update(self.masters)
         self.step += 1
         self._untold = Taken(self.step, started, batches, rate, numbers)
-        if self.device.type != "cuda":  # nothing is queued elsewhere
+        if not self.runs_ahead:
             self._settle()
 
     def _settle(self) -> None:

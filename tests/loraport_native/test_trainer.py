@@ -279,6 +279,32 @@ def stop_at(trainer: Any, event: Any, step: int) -> None:
         trainer.stop_requested = True
 
 
+def test_a_step_told_while_the_next_is_queued_is_told_before_anything_is_saved(
+    make_spec, make_trainer, tmp_path
+) -> None:
+    spec = make_spec(save={"every": 4})
+    make_trainer(spec, tmp_path / "at once").fit()
+    late = make_trainer(spec, tmp_path / "late")
+    late.runs_ahead = True
+    tell, taken = late._tell, []
+    late._tell = lambda step: (taken.append((step.step, late.step)), tell(step))
+    late.fit()
+    assert taken == [(n, n) for n in range(1, 11)], "in the forward pass of the next step, so before that one counts"
+    order = [(type(event), event.step) for event in late.events if isinstance(event, Step | Checkpoint)]
+    for saved in (4, 8, 10):
+        assert order[order.index((Checkpoint, saved)) - 1] == (Step, saved)
+    assert adapter_bytes(tmp_path / "late", 10) == adapter_bytes(tmp_path / "at once", 10)
+
+
+def test_a_step_that_diverged_and_is_told_late_leaves_no_checkpoint(make_spec, make_trainer, tmp_path) -> None:
+    trainer = make_trainer(make_spec(save={"every": 3}))
+    trainer.runs_ahead = True
+    poison(trainer, "latents", name="2.png", from_step=4)
+    with pytest.raises(BackendError, match=r"step \d+ is not finite, on: 2.png"):
+        trainer.fit()
+    assert list(whole_checkpoints(tmp_path / "run")) == [3]
+
+
 def test_a_resumed_run_measures_what_was_due_when_it_died(make_spec, make_trainer, tmp_path, photos) -> None:
     spec = make_spec(save={"every": 5}, validation={"every": 5, "path": str(photos)})
     first = make_trainer(spec)

@@ -88,11 +88,15 @@ ROWS = (
     Row("fp8-dynamic-two-gpus", _memory("fp8-dynamic", True), gpus=2, bar=Bar(of=_DYNAMIC, throughput=1.9)),
     Row("fp8-checkpointing", _memory("fp8", True), stock="fp8"),
     Row("int8-checkpointing", _memory("int8", True)),
-    # A whole run of each small preset, caching included, in a process that cannot take more than the card has. CUDA's
+    # A whole run of each preset, caching included, in a process that cannot take more than the card has. CUDA's
     # context, which the limit does not count, takes the last half GiB.
     Row("preset-6gb", {"profile": "6gb"}, resolution=768, rank=16, limit_gib=5.5),
     Row("preset-8gb", {"profile": "8gb"}, rank=16, limit_gib=7.5),
     Row("preset-12gb", {"profile": "12gb"}, limit_gib=11.5),
+    Row("preset-16gb", {"profile": "16gb"}, limit_gib=15.5),
+    Row("preset-24gb", {"profile": "24gb"}, limit_gib=23.5),
+    Row("preset-48gb", {"profile": "48gb"}, limit_gib=47.5),
+    Row("preset-80gb", {"profile": "80gb"}, limit_gib=79.5),
 )
 
 #: Held-out loss: the same training under each of these, at a size where 200 steps are quick. The first is what the

@@ -1,0 +1,55 @@
+"""A product added in place, on the CPU and by the Triton kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraport_native.add_product import add_product_
+
+SIZES = [(1, 1, 1), (5, 300, 4), (300, 448, 32), (129, 257, 33), (64, 128, 64), (200, 96, 128)]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no card")]),
+]
+
+
+def factors(size: tuple[int, int, int], device: str, dtype: torch.dtype) -> list[Tensor]:
+    rows, columns, rank = size
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((rows, columns), (rows, rank), (columns, rank))
+    return [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_product_is_added_in_place(size: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    total, left, up = factors(size, device, dtype)
+    expected = total.double() + left.double() @ up.double().t()
+    before = total.data_ptr()
+    add_product_(total, left, up.t())  # a transposed view, as a LoRA's factor comes
+    assert total.data_ptr() == before
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(total.double(), expected, rtol=tolerance, atol=tolerance * size[2] ** 0.5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_factors_and_total_may_be_views_of_any_strides(device: str) -> None:
+    total, left, up = factors((70, 90, 8), device, torch.bfloat16)
+    wide = torch.zeros(70, 180, device=device, dtype=torch.bfloat16)
+    add_product_(wide[:, ::2], left, up.t())
+    torch.testing.assert_close(wide[:, ::2].float(), left.float() @ up.float().t(), rtol=2e-2, atol=5e-2)
+    assert not wide[:, 1::2].any(), "nothing beside the view is touched"
+    add_product_(total, left.t().contiguous().t(), up.t().contiguous())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_operator_is_whole_under_the_compiler(device: str) -> None:
+    """Schema, fake tensors and functionalisation, as torch checks an operator of one's own."""
+    torch.library.opcheck(
+        torch.ops.loraport.add_product_.default,
+        tuple(tensor if n < 2 else tensor.t() for n, tensor in enumerate(factors((8, 16, 4), device, torch.bfloat16))),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )

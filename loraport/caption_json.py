@@ -49,6 +49,11 @@ def looks_like_json(text: str) -> bool:
     return "{" in stripped and (end.endswith("}") or _BEGINS_LIKE_JSON.match(stripped) is not None)
 
 
+def is_plain_text(text: str) -> bool:
+    """Whether a text that is no JSON was never meant as such: it has no object, and begins like no other value."""
+    return "{" not in text and not text.lstrip("\ufeff \t\r\n").startswith(("[", '"', "`"))
+
+
 def json_after(text: str) -> tuple[str, str] | None:
     """(what stands before the JSON, the JSON) of a caption that would be one without it; else None."""
     brace = text.find("{")
@@ -69,6 +74,9 @@ def parse(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=JsonObject, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
+        if text.strip() and is_plain_text(text):
+            fix = "Make JSON of it with `loraport dataset wrap --caption-ext json`, or save it as .txt."
+            raise CaptionSyntaxError("This is plain text, not JSON.", fix) from error
         place = f"line {error.lineno}, column {error.colno}"
         raise CaptionSyntaxError(f"Not valid JSON at {place}: {error.msg}.", _advice(text, error)) from error
     except RecursionError as error:

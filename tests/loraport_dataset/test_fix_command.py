@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +226,16 @@ def test_a_place_that_is_taken_or_within_the_dataset_is_refused(dataset: Path, t
     assert told.startswith("error: ")
 
 
-def test_a_failure_midway_leaves_no_half_folder(dataset: Path, tmp_path: Path) -> None:
-    (dataset / "z.png").symlink_to("nowhere")
+def test_a_failure_midway_leaves_no_half_folder(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(dataset, "z", GOOD)
+    copy = shutil.copy2
+
+    def full(source: Path, target: Path) -> None:
+        if source.name == "z.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copy(source, target)
+
+    monkeypatch.setattr(shutil, "copy2", full)
     code, told = run(dataset, "-o", tmp_path / "out")
     assert code == 4
     assert "z.png" in told
@@ -256,3 +266,24 @@ def test_two_images_of_one_name_share_their_caption(dataset: Path, tmp_path: Pat
     assert code == 0
     assert "2 captions: 1 changed" in told
     assert (tmp_path / "out/sub/b.json").read_text() == GOOD
+
+
+def test_what_cannot_be_read_is_left_out_and_named_and_the_rest_is_written(dataset: Path, tmp_path: Path) -> None:
+    (dataset / "gone.png").symlink_to("nowhere")
+    add(dataset, "pipe", None)
+    os.mkfifo(dataset / "pipe.json")
+    (dataset / "damaged.png").write_bytes(b"no image")
+    (dataset / "damaged.json").write_text(GOOD)
+    code, told = run(dataset, "-o", tmp_path / "out")
+    assert code == 4
+    assert "gone.png: error [image-unreadable] This is a link that leads nowhere. It is left out." in told
+    assert "pipe.json: error [caption-unreadable] This is no ordinary file." in told
+    pairs = {"a.json", "a.png", "sub/b.json", "sub/b.png", "damaged.json", "damaged.png"}
+    assert set(files(tmp_path / "out")) == pairs | {"pipe.png"}
+
+
+def test_an_empty_caption_is_not_told_to_be_plain_text(tmp_path: Path) -> None:
+    add(tmp_path / "set", "a", "")
+    code, told = run(tmp_path / "set", "-o", tmp_path / "out")
+    assert code == 4
+    assert "plain text" not in told

@@ -119,3 +119,32 @@ def test_a_family_with_plain_captions_has_nothing_to_wrap_in(dataset: Path) -> N
     family = replace(IDEOGRAM4, title="A plain one", caption_format="text", wrap_caption=None)
     with pytest.raises(SpecError, match="A plain one has plain-text captions"):
         next(wrap_dataset(dataset, Setting(family, caption_ext="txt")))
+
+
+def test_plain_text_in_a_json_file_is_told_as_such_and_wrapped(tmp_path: Path) -> None:
+    add(tmp_path / "set", "a", None)
+    (tmp_path / "set" / "a.json").write_text("A dog runs, at dusk.")
+    told = CliRunner().invoke(build_app(), ["dataset", "check", str(tmp_path / "set")])
+    assert told.exit_code == 4
+    assert "a.json: This is plain text, not JSON." in told.output
+    assert "`loraport dataset wrap --caption-ext json`" in told.output
+    code, _ = run(tmp_path / "set", "-o", tmp_path / "out", "--caption-ext", "json")
+    assert code == 0
+    assert json.loads((tmp_path / "out" / "a.json").read_text())["high_level_description"] == "A dog runs, at dusk."
+
+
+def test_broken_json_is_not_wrapped_as_if_it_were_plain_text(tmp_path: Path) -> None:
+    add(tmp_path / "set", "a", None)
+    (tmp_path / "set" / "a.json").write_text(JSON[:-1])
+    code, told = run(tmp_path / "set", "-o", tmp_path / "out", "--caption-ext", "json")
+    assert code == 4
+    assert "`loraport dataset fix` first" in told
+
+
+def test_an_image_that_cannot_be_read_is_left_out_and_named(dataset: Path, tmp_path: Path) -> None:
+    (dataset / "gone.png").symlink_to("nowhere")
+    (dataset / "gone.txt").write_text("A dog.")
+    code, told = run(dataset, "-o", tmp_path / "out")
+    assert code == 4
+    assert "gone.png: error [image-unreadable] This is a link that leads nowhere. It is left out." in told
+    assert sorted(files(tmp_path / "out")) == ["a.json", "a.png", "sub/b.json", "sub/b.png"]

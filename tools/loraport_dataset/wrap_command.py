@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loraport_dataset.wrapping import Wrapped
 
 PlainExt = Annotated[
-    Literal["txt", "caption"], typer.Option("--caption-ext", help="Extension of the plain-text caption files.")
+    Literal["txt", "caption", "json"], typer.Option("--caption-ext", help="Extension of the plain-text caption files.")
 ]
 InPlace = Annotated[bool, typer.Option("--in-place", help="Write the JSON captions beside the plain ones, in DIR.")]
 _TOLD = 20

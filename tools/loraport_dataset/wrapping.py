@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from loraport.caption_json import is_plain_text
 from loraport.errors import DataError, SpecError
 from loraport.files import write_atomic
 from loraport.rules import NO_JSON, Caption, Finding, ScannedImage, Setting
 from loraport_dataset.checking import caption_findings
-from loraport_dataset.fixing.folders import Images, new_dataset, place_image, write_text
+from loraport_dataset.fixing.folders import Images, left_out, new_dataset, place_image, write_text
 from loraport_dataset.scanning import scan
 
 #: Parts of a caption that a plain text does not tell apart, so that they are left out.
@@ -77,7 +78,7 @@ def _unusable(image: ScannedImage, setting: Setting) -> Finding | None:
         return Finding(caption.name, "", "caption-unreadable", "error", *caption.unreadable)
     if not caption.text.strip():
         return Finding(caption.name, "", "caption-empty", "error", "There is nothing in it.", "Write it.")
-    if caption.syntax is not None:
+    if caption.syntax is not None and not is_plain_text(caption.text):  # else its name alone is that of JSON
         message, fix = caption.syntax[0], "Put it right with `loraport dataset fix` first."
         return Finding(caption.name, "", "json", "error", message, fix)
     return None
@@ -86,10 +87,13 @@ def _unusable(image: ScannedImage, setting: Setting) -> Finding | None:
 def into_new_folder(results: Iterable[Wrapped], source: Path, out: Path, images: Images) -> Iterator[Wrapped]:
     """Write every image with its JSON caption, where it has one, to `out`, which appears when all of them are there.
 
-    Raises DataError and RunFolderError; nothing stays then.
+    Images that cannot be read are left out, with a finding. Raises DataError and RunFolderError; nothing stays then.
     """
     with new_dataset(source, out) as draft:
         for result in results:
+            if problems := left_out(result.image):
+                yield replace(result, state="nothing", text=None, problems=(*result.problems, *problems))
+                continue
             place_image(result.image.path, draft / result.image.name, images)
             if result.text is not None:
                 write_text(draft / result.name, result.text)

@@ -117,4 +117,4 @@ def _decoded(caption: Caption, image: ScannedImage, setting: Setting) -> Caption
 def is_plain(fixed: FixedImage) -> bool:
     """Whether the caption is plain text, of a family that wants JSON."""
     caption = fixed.image.caption
-    return caption is not None and caption.root is NO_JSON and caption.syntax is None
+    return caption is not None and caption.root is NO_JSON and caption.syntax is None and bool(caption.text.strip())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from loraport.errors import DataError, RunFolderError
+from loraport.rules import Finding, ScannedImage
 
 Images = Literal["copy", "hardlink", "symlink"]
 """How the images come into the new folder."""
@@ -43,6 +44,20 @@ def new_dataset(source: Path, out: Path) -> Iterator[Path]:
         raise _cannot_write(out, error) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def is_readable(file: Path) -> bool:
+    """Whether there is an ordinary file that can be copied, whatever is in it."""
+    return file.is_file() and os.access(file, os.R_OK)
+
+
+def left_out(image: ScannedImage) -> tuple[Finding, ...]:
+    """Why an image can't come into a new folder, if it can't: a link that leads nowhere, no permission, a pipe. Those
+    that are damaged come along as they are."""
+    if image.unreadable is None or is_readable(image.path):
+        return ()
+    message, fix = image.unreadable
+    return (Finding(image.name, "", "image-unreadable", "error", f"{message} It is left out.", fix),)
 
 
 def place_image(image: Path, target: Path, how: Images) -> None:

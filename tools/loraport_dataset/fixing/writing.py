@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from loraport.errors import RunFolderError
 from loraport.files import write_atomic
 from loraport_dataset.fixing.dataset import FixedImage
-from loraport_dataset.fixing.folders import Images, new_dataset, place_image, write_text
+from loraport_dataset.fixing.folders import Images, is_readable, left_out, new_dataset, place_image, write_text
 
 ORIGINALS = ".originals"
 
@@ -17,16 +18,22 @@ ORIGINALS = ".originals"
 def into_new_folder(results: Iterable[FixedImage], source: Path, out: Path, images: Images) -> Iterator[FixedImage]:
     """Write every image with its caption, changed or not, to `out`, which appears when all of them are there.
 
-    Captions that cannot be read are taken over as they are. Raises DataError and RunFolderError; nothing stays then.
+    Captions that cannot be decoded are taken over as they are; images that cannot be read are left out, with a finding.
+    Raises DataError and RunFolderError; nothing stays then.
     """
     with new_dataset(source, out) as draft:
         for result in results:
             image = result.image
+            if problems := left_out(image):
+                yield replace(result, left=(*result.left, *problems))
+                continue
             place_image(image.path, draft / image.name, images)
             if image.caption is not None and result.fixed is not None:
                 write_text(draft / image.caption.name, result.fixed.text)
-            elif image.caption is not None and not (draft / image.caption.name).exists():
-                place_image(source / image.caption.name, draft / image.caption.name, "copy")
+            elif image.caption is not None:
+                caption, target = source / image.caption.name, draft / image.caption.name
+                if is_readable(caption) and not target.exists():  # an image of the same name may have brought it
+                    place_image(caption, target, "copy")
             yield result
 
 

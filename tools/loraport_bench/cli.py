@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraport.cli.options import AsJson
+from loraport_bench.report_cli import compare, report
 from loraport_bench.run_cli import SpecOrCommand, run
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=SpecOrCommand, help="Measure trainers.", no_args_is_help=True)
 app.command()(run)
+app.command()(report)
+app.command()(compare)
 
 STEPS, QUALITY_STEPS, WARM_UP = 30, 200, 10
 

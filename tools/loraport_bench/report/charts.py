@@ -88,7 +88,7 @@ def ranges(
 
     bottom = top + step * len(entries)
     parts = [line(x(tick), top, x(tick), bottom) for tick in ticks]
-    parts += [text(x(tick), bottom + 15, axis.tell(tick), "middle") for tick in ticks]
+    parts += [text(x(tick), bottom + 15, _short(tick), "middle") for tick in ticks]
     if mark:
         parts += [line(x(mark[0]), top, x(mark[0]), bottom, dashed=True)]
         parts += [text(min(x(mark[0]), WIDTH - 4), top - 8, mark[1], "end" if x(mark[0]) > WIDTH / 2 else "start")]

@@ -65,6 +65,10 @@ class Entry:
         return numbers(run.device_memory.peak_bytes if run.device_memory else None for run in self.good)
 
     @cached_property
+    def device_gib(self) -> Numbers | None:
+        return numbers(run.device_memory.peak_bytes / 2**30 if run.device_memory else None for run in self.good)
+
+    @cached_property
     def host_bytes(self) -> Numbers | None:
         return numbers(run.host_memory.peak_bytes if run.host_memory else None for run in self.good)
 

@@ -118,6 +118,16 @@ def _plots(group: Group, backends: Sequence[str]) -> list[Plot]:
             f"Seconds a step, {group.title}",
         )
         plots.append(Plot("Speed", picture, "Bar: 10th to 90th percentile of all steps; line: median; dots: repeats."))
+    if any(one.device_bytes for one in entries):
+        picture = charts.ranges(
+            entries,
+            backends,
+            lambda one: one.device_gib,
+            lambda run: run.device_memory.peak_bytes / 2**30 if run.device_memory else None,
+            Axis("peak of device memory, GiB", lambda value: f"{value:.2f} GiB"),
+            f"Peak of device memory, {group.title}",
+        )
+        plots.append(Plot("Device memory", picture, "From outside. Dots: the peaks of the repeats."))
     memory = _curves(group, backends, lambda run: [
         (at, size / 2**30) for at, size in (run.device_memory.samples if run.device_memory else [])
     ])  # fmt: skip

@@ -170,6 +170,11 @@ def test_a_page_gets_its_tables_from_the_file_between_the_markers(data: DataFile
     assert filled == f"before\n<!-- bench: rows.jsonl -->\n{table.markdown(data)}<!-- /bench -->\nafter\n"
     page.write_text(filled)
     assert table.fill(page) == filled
+    page.write_text("<!-- bench: rows.jsonl short -->\n<!-- /bench -->\n")
+    brief = table.fill(page).splitlines()
+    assert brief[0] == "<!-- bench: rows.jsonl short -->"
+    assert brief[1] == "| profile | s/step | × stock | peak GiB |"
+    assert all(line.count("|") == 5 for line in brief[1:-1])
     page.write_text("<!-- bench: gone.jsonl -->\n<!-- /bench -->\n")
     with pytest.raises(DataError, match=r"gone\.jsonl"):
         table.fill(page)

@@ -12,9 +12,10 @@ from loraport.errors import DataError
 from loraport_bench.results import DataFile
 from loraport_bench.rows import QUALITY_ROWS, ROWS, Row
 
-_MARKED = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- bench: (\S+)( short)? -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 STEP_HEAD = ("profile", "s/step", "bar", "× stock", "bar", "× floor", "peak GiB", "bar", "floor", "whole card GiB")
+_SHORT = (0, 1, 3, 6)  #: columns of STEP_HEAD that a short table has
 QUALITY_HEAD = ("profile", "held-out loss before", "after", "after − bf16's, by seed", "seeds")
 MET, MISSED = "✓", "✗"
 
@@ -25,8 +26,18 @@ def markdown(file: DataFile) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def short(file: DataFile) -> str:
+    """Seconds and memory alone in Markdown, without percentiles, bars and floors."""
+    lines = [
+        [line[column].partition(" (")[0] if column == 1 else line[column] for column in _SHORT]
+        for line in step_cells(file)
+    ]
+    return _table([STEP_HEAD[column] for column in _SHORT], lines)
+
+
 def fill(page: Path) -> str:
-    """The text of a page with each table between `<!-- bench: FILE -->` and `<!-- /bench -->` made anew.
+    """The text of a page with each table between `<!-- bench: FILE -->` and `<!-- /bench -->` made anew; with the word
+    short after FILE, a short one.
 
     FILE is relative to the page. Raises DataError for a file that is not there.
     """
@@ -35,7 +46,7 @@ def fill(page: Path) -> str:
         data = page.parent / match[2]
         if not data.is_file():
             raise DataError(f"{page} names {match[2]}, which is not there.")
-        return f"{match[1]}{markdown(DataFile(data))}{match[3]}"
+        return f"{match[1]}{(short if match[3] else markdown)(DataFile(data))}{match[4]}"
 
     return _MARKED.sub(made, page.read_text(encoding="utf-8"))
 

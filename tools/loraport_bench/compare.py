@@ -1,8 +1,8 @@
 """Two benches against each other: what changed beyond the noise, and what can't be compared and why.
 
 A number has changed when each median lies outside the other's range from 10th to 90th percentile, and the medians
-differ by more than a threshold. The range is over all measured steps of all repeats for seconds a step, over the repeats
-for everything else; of one repeat it is a point, so there the threshold alone decides.
+differ by more than a threshold. The range is over all measured steps of all repeats for seconds a step, over the
+repeats for everything else; of one repeat it is a point, so there the threshold alone decides.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ def _judged(found: Comparison, row: str, aspect: Aspect, old: Entry, new: Entry)
     if aspect == "speed":
         clocks = [{run.steps.measured for run in each.good if run.steps} for each in (old, new)]
         if clocks[0] != clocks[1] and all(clocks):
-            told = [_either([_CLOCKS[each] for each in of]) for of in clocks]
-            skip("seconds a step", f"by {told[0]} in OLD, by {told[1]} in NEW")
+            whose = [_either([_CLOCKS[each] for each in of]) for of in clocks]
+            skip("seconds a step", f"by {whose[0]} in OLD, by {whose[1]} in NEW")
         else:
             yield from judged("seconds a step", "s", old.step_s, new.step_s)
         yield from judged("whole run", "s", old.total_s, new.total_s, PHASE_SECONDS)

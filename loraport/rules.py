@@ -110,6 +110,7 @@ class Setting:
     default_caption: str | None = None
     max_text_tokens: int = 2048
     count_tokens: Callable[[str], int] | None = field(default=None, compare=False)  #: exact; None when it isn't known
+    foreign_words: tuple[str, ...] = ()  #: of a regularisation set: the trigger words of the other sets
 
 
 class Rule:

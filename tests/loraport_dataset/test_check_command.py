@@ -187,6 +187,18 @@ def test_every_dataset_of_a_spec_is_checked_and_named(tmp_path: Path) -> None:
     assert "validation c.png: There is no c.json." in out
 
 
+def test_the_trigger_word_in_captions_of_a_regularisation_set_is_told(tmp_path: Path) -> None:
+    write_pair(tmp_path / "images", "a.png", "A mp_dog runs.")
+    write_pair(tmp_path / "general", "b.png", "A mp_dog sits.", seed=1)
+    write_pair(tmp_path / "general", "c.png", "A dog sits.", seed=2)
+    dataset = (
+        "{path: images, caption_ext: txt, trigger_word: mp_dog, regularization: {path: general, caption_ext: txt}}"
+    )
+    _, out, _ = run("check", write_spec(tmp_path, dataset), "--json")
+    told = [one for one in json.loads(out)["findings"] if one["rule"] == "trigger-in-regularization"]
+    assert [(one["dataset"], one["file"]) for one in told] == [("dataset.regularization", "b.txt")]
+
+
 def test_sets_have_their_own_resolution_captions_and_trigger_word(tmp_path: Path) -> None:
     write_pair(tmp_path / "one", "a.png", size=(128, 128))
     write_pair(tmp_path / "two", "b.png", "A mp_dog runs.", size=(128, 128), seed=1)

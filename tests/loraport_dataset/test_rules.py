@@ -204,6 +204,13 @@ CASES = [
     Case("trigger-missing", mostly("car", 2, 0), "", "No caption has", {"trigger_word": "mp_buggy"}),
     Case("trigger-forgotten", mostly("mp_buggy", 6, 1), "", "'mp_buggy' is in 5 of 6"),
     Case(
+        "trigger-in-regularization",
+        caption(compact({**CAPTION, "high_level_description": "A car like mp_buggy."})),
+        "a.json",
+        "'mp_buggy', in a regularisation set",
+        {"foreign_words": ("mp_buggy",)},
+    ),
+    Case(
         "trigger-place",
         caption(
             compact({"compositional_deconstruction": {"background": "mp_dog's beach", "elements": []}}),

@@ -80,10 +80,13 @@ def spec_sources(spec: TrainSpec) -> list[Source]:
     sets = image_sets(spec.dataset)
     if spec.validation.every and spec.validation.path is not None:
         sets.append(replace(subject(spec.dataset), field="validation", path=spec.validation.path))
-    return [_set_source(one, spec, family, counter) for one in sets]
+    words = tuple(dict.fromkeys(one.trigger_word for one in sets if one.trigger_word and not one.regularization))
+    return [_set_source(one, spec, family, counter, words if one.regularization else ()) for one in sets]
 
 
-def _set_source(one: ImageSet, spec: TrainSpec, family: Family, counter: TokenCounter) -> Source:
+def _set_source(
+    one: ImageSet, spec: TrainSpec, family: Family, counter: TokenCounter, foreign_words: tuple[str, ...]
+) -> Source:
     from loraport.caption_sources import read_column
 
     counts = _counted(one.path, f" ({one.field})")
@@ -97,6 +100,7 @@ def _set_source(one: ImageSet, spec: TrainSpec, family: Family, counter: TokenCo
         default_caption=one.default_caption,
         max_text_tokens=spec.dataset.max_text_tokens,
         count_tokens=counter.count if counter.exact else None,
+        foreign_words=foreign_words,
     )
     texts = None if one.caption_field is None else read_column(one.path, one.caption_field)
     return Source(one.path, one.field, setting, counts.images, counter.source, texts)

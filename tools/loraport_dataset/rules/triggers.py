@@ -122,7 +122,22 @@ class Forgotten(SetRule):
                 yield Problem(message, self.fix)
 
 
-RULES = (Spelling, Inconsistent, Missing, Forgotten)
+class InRegularization(CaptionRule):
+    id, severity = "trigger-in-regularization", "warning"
+    explanation = (
+        "Captions of a regularisation set don't have the trigger word: it would be learned for the general class, "
+        "which the set is there to keep apart from it."
+    )
+    fix = "Take the word out of this caption, or the image out of the regularisation set."
+
+    def check(self, caption: Caption, setting: Setting) -> Iterator[Problem]:
+        for word in setting.foreign_words:
+            for path, text in texts(caption):
+                if any(match[0] == word for match in _variants(word).finditer(text)):
+                    yield Problem(f"It has the trigger word {word!r}, in a regularisation set.", self.fix, path)
+
+
+RULES = (Spelling, Inconsistent, Missing, Forgotten, InRegularization)
 
 
 def texts(caption: Caption) -> Iterator[tuple[str, str]]:

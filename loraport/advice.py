@@ -50,8 +50,21 @@ STEPS = (
 RANKS = {16: "a LoRA used alone", 8: "one stacked with others"}
 SOURCE = "public guides"
 
+#: From so many images on, it is told that the ranges were multiplied.
+MANY_IMAGES = 200
 STEPS_TEXT = f"Advice ({SOURCE}, at batch size 1): {'; '.join(map(str, STEPS))}"
-RANKS_TEXT = f"Advice ({SOURCE}): {', '.join(f'{rank} for {purpose}' for rank, purpose in RANKS.items())}"
+RANKS_RANGE = ", ".join(f"{rank} for {purpose}" for rank, purpose in RANKS.items())
+RANKS_TEXT = f"Advice ({SOURCE}): {RANKS_RANGE}"
+
+
+def many_images(images: int) -> str:
+    """What to make of steps for so many images that their number alone makes the steps; empty for fewer."""
+    if images < MANY_IMAGES:
+        return ""
+    return (
+        f"For {images:,} images, take these as a bound from above: they are ranges an image, multiplied, and not "
+        "measured for so many. Stop by the held-out loss (validation)."
+    )
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ class Advice:
         if times is not None and facts is not None:
             images = "image" if facts.images == 1 else f"{facts.images:,} images"
             here += f" train {'the' if facts.images == 1 else 'each of'} {images} {_number(times)} times"
-        return f"{here}. {STEPS_TEXT}."
+        return f"{here}. {STEPS_TEXT}. {many_images(facts.images if facts is not None else 0)}".rstrip()
 
     def rank_line(self) -> str:
         return f"{self.spec.lora.rank}. {RANKS_TEXT}."

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from loraport.advice import STEPS, DatasetFacts, advice_for, advise, look_at
+from loraport.advice import STEPS, DatasetFacts, advice_for, advise, look_at, many_images
 from loraport.cli.main import build_app
 from loraport.disk import Contents, Disk, checkpoints_at_once, size_text
 from loraport.gpu import Card
@@ -73,6 +73,11 @@ def test_how_often_an_image_is_trained_leaves_out_regularisation_and_what_is_hel
     assert advice_for(spec(beside, train=train)).times_an_image == pytest.approx(300 * 2 * (12 / 18) / 4)
     sets = [{"path": str(images), "weight": 3}, {"path": str(general), "weight": 1, "regularization": True}]
     assert advice_for(spec({"sets": sets}, train=train)).times_an_image == pytest.approx(300 * 2 * (3 / 4) / 4)
+
+
+@pytest.mark.parametrize(("images", "warned"), [(199, False), (200, True), (10_000, True)])
+def test_steps_for_very_many_images_are_told_to_be_a_bound_from_above(images: int, warned: bool) -> None:
+    assert (f"For {images:,} images, take these as a bound from above" in many_images(images)) is warned
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "hub:some/dataset"])

@@ -202,6 +202,8 @@ def test_the_command_tells_a_folder_in_a_few_lines_with_advice(tmp_path: Path) -
     assert "images    3, " in out
     assert "buckets   512x512: 3" in out
     assert "180 to 360 steps for a focused object (60 to 120 an image)" in out
+    assert "a rank of 16 for a LoRA used alone, 8 for one stacked with others" in out
+    assert "bound from above" not in out
     assert "estimated at 3 bytes a token" in out
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from loraport.advice import SetFacts, advice_for, together
+from loraport.advice import RANKS_RANGE, SetFacts, advice_for, many_images, together
 from loraport.disk import size_text
 from loraport.sets import image_sets
 from loraport_dataset.display import totals
@@ -44,6 +44,9 @@ def show(stats: list[Stats], report: Report, advice: Advice | None) -> None:
     typer.secho("\nAdvice (public guides, at batch size 1):", dim=True)
     for purpose, range_text, steps in general_advice(stats):
         typer.secho(f"  {steps} steps for {purpose} ({range_text})", dim=True)
+    if many := many_images(sum(each.trainable for each in stats)):
+        typer.secho(f"  {many}", dim=True)
+    typer.secho(f"  a rank of {RANKS_RANGE}", dim=True)
 
 
 def to_dict(stats: list[Stats], report: Report, advice: Advice | None) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def _but(stats: Stats) -> str:
     faults = {
         "cannot be read": stats.unreadable,
         "too small for any bucket": stats.too_small,
-        "without a caption": stats.uncaptioned,
+        "without a caption that can be used": stats.uncaptioned,
     }
     return "".join(f"; {count:,} {fault}" for fault, count in faults.items() if count)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from loraport import pages
+from loraport.advice import RANKS_RANGE, many_images
 from loraport.buckets import Size
 from loraport.disk import size_text
 from loraport.rules import SEVERITIES
@@ -67,6 +68,7 @@ class Chapter:
 def render(stats: list[Stats], report: Report, advice: Advice | None, title: str) -> str:
     """The whole page. Thumbnails are made here, one image at a time."""
     sheet = ContactSheet()
+    trainable = sum(each.trainable for each in stats)
     chapters = [chapter(each, sheet) for each in stats[:MOST_SETS]]
     text = pages.render(
         "loraport_dataset.report",
@@ -86,7 +88,9 @@ def render(stats: list[Stats], report: Report, advice: Advice | None, title: str
         findings=report.ordered(),
         advice=advice,
         general=general_advice(stats),
-        trainable=sum(each.trainable for each in stats),
+        trainable=trainable,
+        many=many_images(trainable),
+        ranks=RANKS_RANGE,
     )
     return tellable(text)
 

@@ -14,7 +14,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,7 @@ from stand_ins.vision_service import Asked, Reply, VisionService, failed, said
 from typer.testing import CliRunner
 
 from loraport.cli.main import build_app
-from loraport.ideogram4 import IDEOGRAM4
-from loraport.rules import Setting
 from loraport_dataset.captioning import pace
-from loraport_dataset.captioning.form import Form
 
 KEY = "sk-very-secret-0123456789"
 CAPTION = {
@@ -423,15 +419,6 @@ def test_a_picture_that_claims_too_many_pixels_is_not_decoded(dataset: Path) -> 
         code, told = run(dataset, running.url)
     assert (code, sorted(captions(dataset))) == (4, ["0.json", "2.json"])
     assert "1.png: the image has 3,600,000,000 pixels" in told
-
-
-def test_a_family_with_plain_captions_gets_one_line_of_text() -> None:
-    plain = replace(IDEOGRAM4, caption_format="text", caption_schema=None)
-    family = replace(plain, place_trigger=lambda text, word: f"{word} {text}")
-    form = Form(Setting(family, trigger_word="mp_dog"))
-    assert form.schema is None
-    assert form.read("<think>hm</think> A dog\nruns. ").caption == "mp_dog A dog runs."
-    assert form.read(" ").caption is None
 
 
 def test_two_pictures_that_would_share_a_caption_are_refused(dataset: Path) -> None:

@@ -51,7 +51,7 @@ class RunFolderError(LoraPortError):
 
 
 class DifferentError(LoraPortError):
-    """Two LoRA files that were compared are not the same adapter."""
+    """What was compared is not the same: two LoRA files are other adapters, or a bench got worse."""
 
     exit_code = 8
 

@@ -174,7 +174,7 @@ def every_run(results: Results) -> Table:
     rows = [
         (
             run.key,
-            run.status if run.failure is None else f"{run.status}: {run.failure.reason.replace('-', ' ')}",
+            _ending(run),
             f"{run.started:%Y-%m-%d %H:%M}",
             f"{_bare(run.steps.seconds.median)} ({_bare(run.steps.seconds.p10)} – {_bare(run.steps.seconds.p90)})"
             if run.steps
@@ -187,6 +187,11 @@ def every_run(results: Results) -> Table:
         for run in results.runs
     ]
     return Table("Every run, in the order of the schedule", head, rows, frozenset({"status", "clock", "started, UTC"}))
+
+
+def _ending(run: Run) -> str:
+    reason = run.failure.reason.replace("-", " ") if run.failure else run.status
+    return run.status if reason == run.status else f"{run.status}: {reason}"
 
 
 def unequal(results: Results, group: str) -> Table | None:

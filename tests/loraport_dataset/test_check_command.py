@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -280,16 +281,24 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "loraport.cli.main", *map(str, arguments)]
 
 
-def test_a_bar_is_shown_where_a_person_watches_and_nothing_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments", [("check", *SMALL), ("fix", "--dry-run"), ("wrap", "--caption-ext", "json", "-o", "out")]
+)
+def test_a_bar_is_shown_where_a_person_watches_and_nothing_elsewhere(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "set"
     for number in range(60):
-        write_pair(tmp_path, f"{number}.png", seed=number)
-    quiet = subprocess.run(command("dataset", "check", tmp_path, *SMALL), capture_output=True, text=True, check=True)
-    assert quiet.stderr == ""
+        write_image(folder / f"{number}.png", seed=number)
+        (folder / f"{number}.json").write_text(json.dumps(CAPTION, indent=1))
+    name, *options = arguments
+    call = command("dataset", name, folder, *(tmp_path / one if one == "out" else one for one in options))
     leader, follower = pty.openpty()
-    environment: dict[str, Any] = {**os.environ, "TERM": "xterm"}
-    with subprocess.Popen(
-        command("dataset", "check", tmp_path, *SMALL), stdout=subprocess.DEVNULL, stderr=follower, env=environment
-    ) as process:
+    environment: dict[str, Any] = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    with (
+        open(tmp_path / "told", "wb") as told,
+        subprocess.Popen(call, stdout=told, stderr=follower, env=environment) as process,
+    ):
         os.close(follower)
         shown = b""
         while True:
@@ -301,6 +310,10 @@ def test_a_bar_is_shown_where_a_person_watches_and_nothing_elsewhere(tmp_path: P
     os.close(leader)
     assert process.returncode == 0
     assert b"60/60" in shown
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    quiet = subprocess.run(call, capture_output=True, check=True, env=environment)
+    assert quiet.stderr == b""
+    assert quiet.stdout == (tmp_path / "told").read_bytes()  # the bar takes nothing from the output
 
 
 def test_loading_the_plugin_imports_nothing_heavy() -> None:

@@ -38,7 +38,7 @@ Findings = Annotated[
 
 
 def add_commands(app: typer.Typer) -> None:
-    """The commands of `loraport dataset`."""
+    """`loraport dataset check`."""
 
     @app.command()
     def check(
@@ -63,6 +63,10 @@ def add_commands(app: typer.Typer) -> None:
         said = Said(family, checkpoint, caption_ext, resolution, trigger_word)
         sources, spec = read_target(target, said, overrides)
         _check(sources, spec, as_json, strict, pixels, output)
+
+
+def add_rules_command(app: typer.Typer) -> None:
+    """`loraport dataset rules`."""
 
     @app.command()
     def rules(

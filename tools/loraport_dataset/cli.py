@@ -16,8 +16,10 @@ def _dataset() -> None:
     """Look after a dataset."""
 
 
+# In the order of use, which is that of --help.
 check_command.add_commands(app)
-stats_command.add_commands(app)
 fix_command.add_commands(app)
 wrap_command.add_commands(app)
 caption_command.add_commands(app)
+stats_command.add_commands(app)
+check_command.add_rules_command(app)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from loraport.rules import Setting
+    from loraport_dataset.sources import Source
 
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="The folder with the images, searched with its subfolders.")
@@ -31,8 +31,8 @@ ImagesOption = Annotated[
 ]
 
 
-def read_setting(folder: Path, family: str | None, caption_ext: str | None, trigger_word: str | None) -> Setting:
-    """What the folder is for; without `caption_ext`, captions have the extension that most of them have.
+def read_folder(folder: Path, family: str | None, caption_ext: str | None, trigger_word: str | None) -> Source:
+    """The folder with what it is for; without `caption_ext`, captions have the extension that most of them have.
 
     Raises DataError for what is no folder of images, SpecError for an unknown family or an empty trigger word.
     """
@@ -42,4 +42,4 @@ def read_setting(folder: Path, family: str | None, caption_ext: str | None, trig
     if trigger_word is not None and not trigger_word.strip():
         raise SpecError("--trigger-word is empty.", hint="Leave it out, or give the word.")
     said = Said(family=family, caption_ext=caption_ext, trigger_word=trigger_word)
-    return folder_source(folder, said).setting
+    return folder_source(folder, said)

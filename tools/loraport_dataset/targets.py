@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeVar
 
 import typer
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loraport_dataset.checking import Progress
     from loraport_dataset.sources import Said, Source
 
+T = TypeVar("T")
 Target = Annotated[Path, typer.Argument(metavar="DIR|SPEC", help="A folder of images, or a spec.")]
 FamilyOfFolder = Annotated[str | None, typer.Option("--family", help="DIR: family whose captions these are.")]
 CheckpointOfFolder = Annotated[
@@ -77,8 +78,17 @@ def opened_outside(path: Path, sources: list[Source]) -> Iterator[TextIO]:
         yield file
 
 
+def with_bar(results: Iterable[T], total: int, doing: str) -> Iterator[T]:
+    """The same results, with a bar of how many there were."""
+    with progress_bar(total, doing) as progress:
+        for number, result in enumerate(results, 1):
+            yield result
+            if progress is not None:
+                progress(number, total, "")
+
+
 @contextlib.contextmanager
-def progress_bar(total: int) -> Iterator[Progress | None]:
+def progress_bar(total: int, doing: str = "Checking") -> Iterator[Progress | None]:
     """A bar on standard error where a person is watching; nothing elsewhere."""
     if not sys.stderr.isatty():
         yield None
@@ -89,13 +99,14 @@ def progress_bar(total: int) -> Iterator[Progress | None]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     done = 0
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Checking", total=total)
+    # What is printed to standard output meanwhile belongs there, not beside the bar.
+    with Bar(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task(doing, total=total)
 
         def advance(images: int, of: int, title: str) -> None:
             nonlocal done
             done += 1
             if done % 50 == 0 or done == total:
-                bar.update(task, completed=done, description=f"Checking {title}")
+                bar.update(task, completed=done, description=f"{doing} {title}".strip())
 
         yield advance

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from loraport.cli.options import AsJson
-from loraport_dataset.options import FamilyName, Folder, ImagesOption, OutFolder, TriggerWord, read_setting
+from loraport_dataset.options import FamilyName, Folder, ImagesOption, OutFolder, TriggerWord, read_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,13 +41,14 @@ def add_commands(app: typer.Typer) -> None:
 
         from loraport.errors import DataError, SpecError
         from loraport_dataset import wrapping
+        from loraport_dataset.targets import with_bar
 
         if (out is None) != in_place:
             raise SpecError(
                 "Where to? Give either -o OUT, a new folder, or --in-place, which writes beside the plain captions."
             )
-        setting = read_setting(folder, family, caption_ext, trigger_word)
-        results = wrapping.wrap_dataset(folder, setting)
+        source = read_folder(folder, family, caption_ext, trigger_word)
+        results = with_bar(wrapping.wrap_dataset(folder, source.setting), source.images, "Wrapping")
         written = (
             wrapping.beside(results, folder) if out is None else wrapping.into_new_folder(results, folder, out, images)
         )

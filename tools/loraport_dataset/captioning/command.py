@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from loraport.cli.options import AsJson
-from loraport_dataset.options import FamilyName, Folder, TriggerWord, read_setting
+from loraport_dataset.options import FamilyName, Folder, TriggerWord, read_folder
 
 if TYPE_CHECKING:
     from loraport_dataset.captioning.service import Service
@@ -127,7 +127,7 @@ def add_commands(app: typer.Typer) -> None:
         _refuse_unread(context, _OF_SERVICES if local else _OF_LOCAL_MODELS, "--local" if local else "--endpoint")
         if out is not None and out.exists() and not out.is_dir():
             raise SpecError(f"{out} is a file.", hint="Give a folder for the captions with -o.")
-        setting = read_setting(folder, family, caption_ext, trigger_word)
+        setting = read_folder(folder, family, caption_ext, trigger_word).setting
         if setting.family.caption_schema is None and (boxes != "none" or palettes):
             raise SpecError(f"{setting.family.title} has plain-text captions, without --boxes and --palettes.")
         form = Form(setting, boxes, palettes, _text(instructions))

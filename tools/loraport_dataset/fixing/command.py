@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from loraport.cli.options import AsJson
-from loraport_dataset.options import CaptionExt, FamilyName, Folder, ImagesOption, OutFolder, TriggerWord, read_setting
+from loraport_dataset.options import CaptionExt, FamilyName, Folder, ImagesOption, OutFolder, TriggerWord, read_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -54,18 +54,22 @@ def add_commands(app: typer.Typer) -> None:
         from loraport.errors import DataError
         from loraport_dataset.fixing.dataset import fix_dataset
         from loraport_dataset.fixing.report import Report
+        from loraport_dataset.targets import with_bar
 
         place = _place(out, in_place, dry_run)
-        setting = read_setting(folder, family, caption_ext, trigger_word)
-        report = Report()
+        source = read_folder(folder, family, caption_ext, trigger_word)
+        setting, report = source.setting, Report()
         convention = _convention(boxes, folder, setting, report)
         if convention is not None and not as_json:
             typer.echo(f"All boxes are read as {report.boxes}.")
-        results = fix_dataset(folder, setting, convention)
+        results = with_bar(fix_dataset(folder, setting, convention), source.images, "Fixing")
+        shown: list[FixedImage] = []
         for fixed in _written(results, folder, out, place, images):
             report.add(fixed)
             if fixed.changed and report.changed <= diffs and not as_json:
-                _show(fixed)
+                shown.append(fixed)
+        for fixed in shown:
+            _show(fixed)
         if as_json:
             written = {"out": str(out) if place == "out" else str(folder) if place == "in-place" else None}
             typer.echo(json.dumps({**report.as_json(), **written}, indent=2))

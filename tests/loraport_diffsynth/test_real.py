@@ -124,9 +124,9 @@ def test_split_quantised_training_with_every_kind_of_row(small: Any, tmp_path: P
     assert modules_of(result) == {f"layers.{n}.attention.{part}" for n in (0, 1) for part in ("qkv", "o")}
     # 2 / √4 is 1, so at rank 4 alpha is 4.
     assert {float(value) for key, value in read_tensors(result.lora).items() if key.endswith(".alpha")} == {4.0}
-    # three pictures, mirrored, and three regular ones, mirrored; each with and without its caption
+    # three pictures, mirrored, and three regular ones, never mirrored; each with and without its caption
     backend = tmp_path / "run" / "backend"
-    assert len((backend / "dataset" / "encode.jsonl").read_text(encoding="utf-8").splitlines()) == 2 * (6 + 6)
+    assert len((backend / "dataset" / "encode.jsonl").read_text(encoding="utf-8").splitlines()) == 2 * (6 + 3)
     assert not (backend / "cache").exists()
     assert "bitsandbytes_nf4" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
 
@@ -224,9 +224,9 @@ def test_a_checkouts_own_script_trains_too(small: Any, tmp_path: Path) -> None:
         assert {float(value) for key, value in read_tensors(result.lora).items() if key.endswith(".alpha")} == {4.0}
 
 
-@pytest.mark.parametrize("targets", ["attention", "attention+mlp", "all"])
-def test_it_does_the_same_work_as_the_native_trainer(small: Any, tmp_path: Path, targets: str) -> None:
-    result = train(small(lora={"targets": targets}), "diffsynth", tmp_path / "theirs")
+def test_it_does_the_same_work_as_the_native_trainer(small: Any, tmp_path: Path) -> None:
+    """With all targets, which the smaller sets of them are parts of; that these are read right is in test_parser.py."""
+    result = train(small(lora={"targets": "all"}), "diffsynth", tmp_path / "theirs")
     theirs = work_of(result.folder, passes(result.folder))
     assert theirs.images == 4 * 2
     assert theirs == native_work(result.folder, tmp_path / "ours")

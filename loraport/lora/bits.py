@@ -37,6 +37,11 @@ def same_bits(a: NDArray[Any], b: NDArray[Any]) -> bool:
     return all(np.array_equal(*pair) for pair in zip(_blocks(a, size), _blocks(b, size), strict=True))
 
 
+def all_zero(array: NDArray[Any]) -> bool:
+    """Whether every bit is zero. Zeros with a sign count as numbers."""
+    return not any(block.any() for block in _blocks(array, 8 if array.nbytes % 8 == 0 else 1))
+
+
 def _blocks(array: NDArray[Any], size: int) -> Iterator[NDArray[Any]]:
     """The bytes of an array, in order, as unsigned integers of `size` bytes, some at a time."""
     numbers = np.ascontiguousarray(array).reshape(-1).view(np.uint8).view(f"u{size}")

@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loraport.errors import DataError
-from loraport.lora.bits import same_bits
+from loraport.lora.bits import all_zero, same_bits
 from loraport.lora.canonical import (
     Array,
     ColumnScale,
@@ -238,10 +237,6 @@ def _compare_columns(a: LoraModule, b: LoraModule, tolerance: float) -> ModulePr
     return ModuleProof(a.name, b.factors.kind, norm, difference, tolerance, zero=False)
 
 
-def _bits(array: Array) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
 def _same_numbers(a: Factors, b: Factors) -> bool:
     """Whether two modules store the same factors, bit for bit, of a kind whose arrays are all there is to it."""
     if type(a) is not type(b) or a.kind not in _PLAIN:
@@ -271,7 +266,7 @@ def _norms(dora: RowScale) -> list[list[float] | None]:
 
 def _is_zero(factors: Factors) -> bool:
     """Whether a factor of a product, or everything where the kind is not a plain product, holds zeros alone."""
-    zeros = (not _bits(array).any() for array in factors.arrays().values())
+    zeros = (all_zero(array) for array in factors.arrays().values())
     return any(zeros) if isinstance(factors, LowRank | LoHa | LoKr) else all(zeros)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import mmap
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +45,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 _MOST_AXES, _MOST_NUMBERS = 8, 1 << 48
+_WORTH_A_MAP = 1 << 20  # bytes
+_POPULATE_READ = 22  # Python's mmap has no name for it
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
@@ -88,11 +92,14 @@ class Tensors(Mapping[str, Array]):
                 f"Known: {', '.join(_DTYPES)}."
             )
         begin, end = entry["data_offsets"]
-        raw = np.empty(end - begin, np.uint8)
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self._start + begin)
-                whole = _fill(file, raw) == end - begin
+                raw = _mapped(file, self._start + begin, end - begin)
+                whole = raw is not None
+                if raw is None:
+                    raw = np.empty(end - begin, np.uint8)
+                    file.seek(self._start + begin)
+                    whole = _fill(file, raw) == end - begin
         except OSError as error:
             raise DataError(f"{self.path}: tensor {name} cannot be read: {error.strerror or error}.") from error
         if not whole:
@@ -152,6 +159,25 @@ def _refuse_what_is_no_file(path: Path) -> None:
             f"{path} is a pickle, which can run any program when it is opened; LoraPort never does.",
             hint="Ask for the .safetensors file, or convert it on a machine that you can throw away.",
         )
+
+
+def _mapped(file: io.FileIO, start: int, size: int) -> NDArray[np.uint8] | None:
+    """That part of a file as memory of the kernel's, which takes no copy; a change of the array stays in memory. None
+    where it is too small to be worth it, begins where numpy is slow to compare it (not at a multiple of 8), or the
+    system cannot say beforehand whether all of it can be read.
+
+    Linux 5.14 can (madvise(2), MADV_POPULATE_READ): elsewhere a file cut short, or a disk that fails, would end the
+    process with a signal.
+    """
+    if size < _WORTH_A_MAP or start % 8 or not sys.platform.startswith("linux"):
+        return None
+    ahead = start % mmap.ALLOCATIONGRANULARITY
+    try:
+        part = mmap.mmap(file.fileno(), ahead + size, access=mmap.ACCESS_COPY, offset=start - ahead)
+        part.madvise(_POPULATE_READ)
+    except (OSError, ValueError):
+        return None
+    return np.frombuffer(part, np.uint8, size, ahead)
 
 
 def _fill(file: io.FileIO, raw: NDArray[np.uint8]) -> int:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from loraport.lora import bits
-from loraport.lora.bits import all_finite, same_bits
+from loraport.lora.bits import all_finite, all_zero, same_bits
 
 FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn]
 
@@ -60,3 +60,14 @@ def test_a_shape_a_dtype_and_the_sign_of_zero_count_too():
     for other in (zeros.reshape(6, 4), zeros.astype(np.float16), zeros.view(np.int32), -zeros, zeros[:2]):
         assert not same_bits(zeros, other)
     assert same_bits(np.arange(24).reshape(4, 6).T, np.arange(24).reshape(4, 6).T.copy())
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 100])
+def test_one_bit_anywhere_makes_an_array_other_than_zeros(count, monkeypatch):
+    monkeypatch.setattr(bits, "_BLOCK", 16)
+    zeros = np.zeros(count, ml_dtypes.bfloat16)
+    assert all_zero(zeros)
+    for place in range(count):
+        flipped = zeros.copy()
+        flipped.view(np.uint16)[place] = 1
+        assert not all_zero(flipped)

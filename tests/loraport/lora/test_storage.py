@@ -144,6 +144,44 @@ def test_a_file_cut_after_opening_is_noticed(good):
         tensors["a"]
 
 
+@pytest.fixture
+def large(tmp_path):
+    """A file with a tensor of 2 MiB, which is mapped where the system can, and a small one before it."""
+    path = tmp_path / "large.safetensors"
+    write_tensors(path, {"a": np.ones(2), "b": np.arange(1 << 19, dtype=np.float32)}, {})
+    return path
+
+
+@pytest.mark.parametrize("kept", [0, 4096, (1 << 20) + 1, (1 << 21) - 4096])
+def test_a_large_tensor_cut_after_opening_is_noticed(large, kept):
+    tensors = read_tensors(large)
+    large.write_bytes(large.read_bytes()[:kept])
+    with pytest.raises(DataError, match="cut short"):
+        tensors["b"]
+
+
+def test_changing_a_large_tensor_in_memory_leaves_its_file_alone(large):
+    before = large.read_bytes()
+    tensors = read_tensors(large)
+    tensors["b"][:] = 0
+    assert large.read_bytes() == before
+    assert np.array_equal(tensors["b"], np.arange(1 << 19))
+
+
+def test_a_large_tensor_is_kept_when_its_file_is_replaced(large):
+    array = read_tensors(large)["b"]
+    write_tensors(large, {"b": np.zeros(1 << 19, np.float32)}, {})
+    assert np.array_equal(array, np.arange(1 << 19))
+
+
+@pytest.mark.parametrize("begin", [0, 1, 4, 8, 4092])
+def test_a_large_tensor_is_read_wherever_it_begins(tmp_path, begin):
+    numbers = np.arange(1 << 19, dtype=np.float32)
+    header = {"a": entry(0, begin, (begin,), "U8"), "b": entry(begin, begin + numbers.nbytes, numbers.shape)}
+    path = lying(tmp_path / "odd.safetensors", header, b"\0" * begin + numbers.tobytes())
+    assert np.array_equal(read_tensors(path)["b"], numbers)
+
+
 def test_a_failed_write_leaves_the_old_file(good):
     before = good.read_bytes()
     with pytest.raises(KeyError):

@@ -79,16 +79,6 @@ def check(results: Results) -> None:
         assert run.quality.without == results.runs[0].quality.without  # type: ignore[union-attr]  # one evaluator
 
 
-def test_the_native_trainer(tmp_path: Path) -> None:
-    results = bench(tmp_path, ["native"], {}, "--seeds", "0")
-    check(results)
-    (run,) = results.runs
-    assert run.steps is not None
-    assert run.steps.wall_mean == pytest.approx(run.steps.seconds.mean, rel=0.5)
-    assert run.quality is not None
-    assert run.quality.loss < run.quality.without
-
-
 @pytest.fixture
 def diffsynth(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, str]:
     """An environment in which DiffSynth is found."""
@@ -100,9 +90,14 @@ def diffsynth(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, worker_i
 
 @pytest.mark.slow
 def test_the_native_trainer_and_diffsynth_do_the_same_work(tmp_path: Path, diffsynth: dict[str, str]) -> None:
-    results = bench(tmp_path, ["native", "diffsynth"], diffsynth, "--seeds", "0,1")
+    results = bench(tmp_path, ["native", "diffsynth"], diffsynth, "--seeds", "0")
     check(results)
-    assert [run.backend for run in results.runs] == ["native", "diffsynth", "diffsynth", "native"]
+    native, theirs = results.runs
+    assert (native.backend, theirs.backend) == ("native", "diffsynth")
+    assert native.steps is not None
+    assert native.steps.wall_mean == pytest.approx(native.steps.seconds.mean, rel=0.5)
+    assert native.quality is not None
+    assert native.quality.loss < native.quality.without
     assert "train.warmup_steps" in {each.path for each in results.inequalities["matched/spec"]}
 
 

@@ -173,6 +173,14 @@ def test_memory_of_the_whole_card_is_marked_and_what_was_not_measured_is_no_zero
     assert "nan" not in page(bare_results())
 
 
+def test_without_a_gpu_the_hosts_memory_is_drawn_over_time() -> None:
+    runs = [run.model_copy(update={"device_memory": None}) for run in example().runs]
+    text = page(changed(example(), runs=runs))
+    assert "Host memory over time, Matched, fp8" in text
+    assert "Device memory over time" not in text
+    assert "Device memory over time, Matched, fp8" in page(example())
+
+
 def test_what_people_wrote_is_text_and_never_markup() -> None:
     results = evil_results()
     text = page(results)

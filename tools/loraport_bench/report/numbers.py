@@ -204,8 +204,10 @@ def seconds(value: float) -> str:
 
 
 def gib(value: float) -> str:
-    """A size in GiB, or in MiB below half of one."""
-    return f"{value / 2**30:.2f} GiB" if value >= 2**29 else f"{value / 2**20:.0f} MiB"
+    """A size in GiB, below half of one in MiB, and below ten of those in KiB."""
+    if value >= 2**29:
+        return f"{value / 2**30:.2f} GiB"
+    return f"{value / 2**20:.0f} MiB" if value >= 10 * 2**20 else f"{value / 2**10:,.0f} KiB"
 
 
 def joules(value: float) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from loraport import pages
-from loraport_bench.records import Configuration, PhaseName, Results, Run
+from loraport_bench.records import Configuration, PhaseName, Results, Run, Trace
 from loraport_bench.report import charts, tables, words
 from loraport_bench.report.charts import Axis, Curve, Point
 from loraport_bench.report.numbers import Entry, Group, groups, seconds
@@ -128,13 +128,13 @@ def _plots(group: Group, backends: Sequence[str]) -> list[Plot]:
             f"Peak of device memory, {group.title}",
         )
         plots.append(Plot("Device memory", picture, "From outside. Dots: the peaks of the repeats."))
-    memory = _curves(group, backends, lambda run: [
-        (at, size / 2**30) for at, size in (run.device_memory.samples if run.device_memory else [])
-    ])  # fmt: skip
+    kind, of = ("device", _device) if any(one.device_bytes for one in entries) else ("host", _host)
+    memory = _curves(group, backends, of)
     if memory:
-        across, up = Axis("seconds since the start", _plain), Axis("GiB on the device", _plain)
-        picture = charts.curves(memory, across, up, f"Device memory over time, {group.title}")
-        plots.append(Plot("Device memory over time", picture, "A line a run, from outside.", "backends"))
+        across, up = Axis("seconds since the start", _plain), Axis(f"GiB of {kind} memory", _plain)
+        name = f"{kind.capitalize()} memory over time"
+        picture = charts.curves(memory, across, up, f"{name}, {group.title}")
+        plots.append(Plot(name, picture, "A line a run, from outside.", "backends"))
     if group.phases:
         plots.append(Plot("Phases", charts.stacked(group), "Medians of the repeats.", "phases"))
     if group.without is not None:
@@ -204,6 +204,18 @@ def _loss_curves(one: Entry, backends: Sequence[str], by_time: bool) -> list[Cur
         for run in one.runs
         if run.losses
     ]
+
+
+def _device(run: Run) -> list[Point]:
+    return _in_gib(run.device_memory)
+
+
+def _host(run: Run) -> list[Point]:
+    return _in_gib(run.host_memory)
+
+
+def _in_gib(trace: Trace | None) -> list[Point]:
+    return [(at, size / 2**30) for at, size in trace.samples] if trace else []
 
 
 def _plain(value: float) -> str:

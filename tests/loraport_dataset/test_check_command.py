@@ -162,6 +162,41 @@ def test_a_folders_options_are_refused_for_a_spec_and_set_for_a_folder(tmp_path:
     assert run("dataset", "check", spec)[0] == 0
 
 
+def test_what_a_folder_is_told_of_a_spec_is_answered_with_the_fields(tmp_path: Path) -> None:
+    write_pair(tmp_path / "images", "a.png")
+    spec = write_spec(tmp_path, "{path: images, resolution: 64}")
+    _, _, err = run("dataset", "check", spec, "--trigger-word", "mp_dog", *SMALL)
+    assert "--resolution, --trigger-word: for a folder" in err
+    assert "--set dataset.resolution=... --set dataset.trigger_word=..." in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [("--trigger-word", " ", "--trigger-word is empty."), ("--resolution", "1000", "The nearest is 992.")],
+)
+@pytest.mark.parametrize("name", ["check", "stats"])
+def test_values_that_no_spec_takes_are_refused(name: str, option: str, value: str, says: str, tmp_path: Path) -> None:
+    write_pair(tmp_path, "a.png")
+    code, _, err = run("dataset", name, tmp_path, option, value)
+    assert code == 3
+    assert says in err
+
+
+@pytest.mark.parametrize("name", ["check", "stats"])
+def test_a_file_in_a_folder_that_is_not_there_is_refused_before_the_work(name: str, tmp_path: Path) -> None:
+    write_pair(tmp_path / "set", "a.png")
+    code, out, err = run("dataset", name, tmp_path / "set", "-o", tmp_path / "gone" / "file")
+    assert (code, out) == (7, "")
+    assert f"the folder {tmp_path / 'gone'} is not there." in err
+
+
+def test_a_spec_given_to_a_command_for_folders_is_told_what_to_name(tmp_path: Path) -> None:
+    write_pair(tmp_path / "images", "a.png")
+    code, _, err = run("dataset", "fix", write_spec(tmp_path, "{path: images}"), "-o", tmp_path / "out")
+    assert code == 4
+    assert "name one that the spec names" in err
+
+
 def test_a_spec_says_what_its_images_are_checked_for(tmp_path: Path) -> None:
     write_pair(tmp_path / "images", "a.png", size=(200, 100))
     spec = write_spec(tmp_path, "{path: images, resolution: 256, aspect_buckets: false, trigger_word: mp_dog}")

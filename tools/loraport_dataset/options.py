@@ -21,10 +21,10 @@ TriggerWord = Annotated[
 ]
 CaptionExt = Annotated[
     Literal["json", "txt", "caption"] | None,
-    typer.Option("--caption-ext", help="Extension of the caption files; the one that most images have when left out."),
+    typer.Option("--caption-ext", help="Extension of the caption files; that of most when left out."),
 ]
 FamilyName = Annotated[
-    str | None, typer.Option("--family", help="The model family that the captions are for; ideogram4 when left out.")
+    str | None, typer.Option("--family", metavar="NAME", help="Model family of the captions; ideogram4 when left out.")
 ]
 ImagesOption = Annotated[
     Literal["copy", "hardlink", "symlink"], typer.Option("--images", help="How the images come into OUT.")
@@ -36,10 +36,7 @@ def read_folder(folder: Path, family: str | None, caption_ext: str | None, trigg
 
     Raises DataError for what is no folder of images, SpecError for an unknown family or an empty trigger word.
     """
-    from loraport.errors import SpecError
     from loraport_dataset.sources import Said, folder_source
 
-    if trigger_word is not None and not trigger_word.strip():
-        raise SpecError("--trigger-word is empty.", hint="Leave it out, or give the word.")
     said = Said(family=family, caption_ext=caption_ext, trigger_word=trigger_word)
     return folder_source(folder, said)

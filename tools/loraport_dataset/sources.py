@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from loraport.spec.models import TrainSpec
     from loraport_dataset.tokens import TokenCounter
 
+_STEP = 16  #: pixels, of `dataset.resolution` in a spec
+
 
 @dataclass(frozen=True)
 class Source:
@@ -45,11 +47,17 @@ class Said:
 def folder_source(folder: Path, said: Said | None = None) -> Source:
     """A folder as a source: what is not said is as in a spec, and captions have the extension that most of them have.
 
-    Raises DataError for a folder that is not there or has no images, SpecError for a family that is not installed.
+    Raises DataError for a folder that is not there or has no images, SpecError for a family that is not installed, an
+    empty trigger word, and a resolution that no spec takes.
     """
     from loraport.spec.models import DatasetSection, ModelSection
 
     said = said or Said()
+    if said.trigger_word is not None and not said.trigger_word.strip():
+        raise SpecError("--trigger-word is empty.", hint="Leave it out, or give the word.")
+    if said.resolution is not None and said.resolution % _STEP:
+        nearest = max(1, round(said.resolution / _STEP)) * _STEP
+        raise SpecError(f"--resolution {said.resolution} is no multiple of {_STEP}.", hint=f"The nearest is {nearest}.")
     family = find_family(said.family or ModelSection.model_fields["family"].default)
     fields = DatasetSection.model_fields
     counts = _counted(folder)
@@ -58,7 +66,7 @@ def folder_source(folder: Path, said: Said | None = None) -> Source:
         family,
         caption_ext=said.caption_ext or _usual_extension(counts, family),
         resolution=said.resolution or fields["resolution"].default,
-        trigger_word=said.trigger_word or None,
+        trigger_word=said.trigger_word,
         max_text_tokens=fields["max_text_tokens"].default,
         count_tokens=counter.count if counter.exact else None,
     )
@@ -110,7 +118,13 @@ def _counted(folder: Path, place: str = "") -> FileCounts:
     if not folder.exists():
         raise DataError(f"The dataset {folder}{place} is not there.", hint="Name a folder of images, or a spec.")
     if not folder.is_dir():
-        raise DataError(f"The dataset {folder}{place} is a file, not a folder of images.")
+        of_a_spec = folder.suffix.lower() in (".yaml", ".yml") and not place
+        raise DataError(
+            f"The dataset {folder}{place} is a file, not a folder of images.",
+            hint="This command takes one folder at a time: name one that the spec names."
+            if of_a_spec
+            else "Name the folder that the images are in.",
+        )
     if not os.access(folder, os.R_OK | os.X_OK):
         raise DataError(f"The dataset {folder}{place} cannot be read: no permission.")
     counts = count_files(folder)

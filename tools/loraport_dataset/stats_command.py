@@ -15,6 +15,7 @@ from loraport_dataset.targets import (
     ResolutionOfFolder,
     Target,
     TriggerWordOfFolder,
+    check_place,
     opened_outside,
     progress_bar,
     read_target,
@@ -93,13 +94,10 @@ def _write(output: Path, stats: list[Stats], report: Report, advice: Advice | No
 
 def _refuse_other_files(output: Path, force: bool) -> None:
     """Raises SpecError where a file would be replaced that is no such page, before any work is done."""
-    from loraport.errors import RunFolderError, SpecError
+    from loraport.errors import SpecError
     from loraport_dataset.report import MARK
 
-    if output.is_dir():
-        raise RunFolderError(f"{output} is a folder.", hint="Name a file, such as report.html.")
-    if not output.absolute().parent.is_dir():
-        raise RunFolderError(f"The folder {output.absolute().parent} is not there.", hint="Make it, or choose another.")
+    check_place(output)
     if not output.exists() or force:
         return
     with open(output, "rb") as file:

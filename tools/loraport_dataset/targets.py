@@ -17,18 +17,35 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Target = Annotated[Path, typer.Argument(metavar="DIR|SPEC", help="A folder of images, or a spec.")]
-FamilyOfFolder = Annotated[str | None, typer.Option("--family", help="DIR: family whose captions these are.")]
+FamilyOfFolder = Annotated[
+    str | None,
+    typer.Option("--family", metavar="NAME", help="DIR: model family of the captions; ideogram4 when left out."),
+]
 CheckpointOfFolder = Annotated[
-    str | None, typer.Option("--checkpoint", help="DIR: checkpoint whose tokenizer counts, a folder or hub id.")
+    str | None,
+    typer.Option(
+        "--checkpoint", metavar="DIR|ID", help="DIR: checkpoint whose tokenizer counts; the family's when left out."
+    ),
 ]
 CaptionExtOfFolder = Annotated[
     Literal["json", "txt", "caption"] | None,
-    typer.Option("--caption-ext", help="DIR: extension of the captions; by default the one that most have."),
+    typer.Option("--caption-ext", help="DIR: extension of the caption files; that of most when left out."),
 ]
 ResolutionOfFolder = Annotated[
-    int | None, typer.Option("--resolution", min=64, max=4096, help="DIR: as dataset.resolution.")
+    int | None,
+    typer.Option("--resolution", min=64, max=4096, metavar="PIXELS", help="DIR: as dataset.resolution; 1024."),
 ]
-TriggerWordOfFolder = Annotated[str | None, typer.Option("--trigger-word", help="DIR: as dataset.trigger_word.")]
+TriggerWordOfFolder = Annotated[
+    str | None, typer.Option("--trigger-word", metavar="WORD", help="DIR: as dataset.trigger_word.")
+]
+#: Of `loraport_dataset.sources.Said`: where a spec says the same.
+_FIELDS = {
+    "family": "model.family",
+    "checkpoint": "model.checkpoint",
+    "caption_ext": "dataset.caption_ext",
+    "resolution": "dataset.resolution",
+    "trigger_word": "dataset.trigger_word",
+}
 
 
 def read_target(target: Path, said: Said, overrides: list[str] | None) -> tuple[list[Source], TrainSpec | None]:
@@ -38,16 +55,22 @@ def read_target(target: Path, said: Said, overrides: list[str] | None) -> tuple[
     `read_spec_sources` and `folder_source` raise.
     """
     from loraport.errors import DataError, SpecError
-    from loraport_dataset.sources import Said, folder_source
+    from loraport_dataset.sources import folder_source
 
     if not target.exists():
         raise DataError(f"There is no folder and no spec {target}.", hint="Name a folder of images, or a spec (YAML).")
     if not target.is_dir():
-        if said != Said():
-            raise SpecError("The options of a folder are given for a spec.", hint="Change it with --set instead.")
+        given = [name for name, value in vars(said).items() if value is not None]
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            instead = " ".join(f"--set {_FIELDS[name]}=..." for name in given)
+            raise SpecError(f"{options}: for a folder, and {target} is a spec.", hint=f"Say it with {instead}")
         return read_spec_sources(target, overrides)
     if overrides:
-        raise SpecError("--set changes a spec, and this is a folder.", hint="See --help for its own options.")
+        raise SpecError(
+            "--set changes a spec, and this is a folder.",
+            hint="It has options of its own, such as --resolution and --trigger-word.",
+        )
     return [folder_source(target, said)], None
 
 
@@ -61,12 +84,26 @@ def read_spec_sources(path: Path, overrides: list[str] | None) -> tuple[list[Sou
     return spec_sources(spec), spec
 
 
+def check_place(path: Path) -> None:
+    """Raises RunFolderError where no file can be written, before any work is done."""
+    from loraport.errors import RunFolderError
+
+    if path.is_dir():
+        raise RunFolderError(f"{path} is a folder.", hint="Name a file in it with -o.")
+    if not path.absolute().parent.is_dir():
+        raise RunFolderError(
+            f"{path} cannot be written: the folder {path.absolute().parent} is not there.",
+            hint="Make it, or name another file with -o.",
+        )
+
+
 @contextlib.contextmanager
 def opened_outside(path: Path, sources: list[Source]) -> Iterator[TextIO]:
     """A new file that appears when it is whole, and never within a dataset."""
     from loraport.errors import RunFolderError
     from loraport.files import atomic_path
 
+    check_place(path)
     folder = path.absolute().parent.resolve()
     for source in sources:
         if folder.is_relative_to(source.folder.resolve()):

@@ -13,6 +13,7 @@ from loraport.errors import DataError, SpecError
 from loraport.files import write_atomic
 from loraport.rules import NO_JSON, Caption, Finding, ScannedImage, Setting
 from loraport_dataset.checking import caption_findings
+from loraport_dataset.fixing.dataset import missing_caption
 from loraport_dataset.fixing.folders import Images, left_out, new_dataset, place_image, write_text
 from loraport_dataset.scanning import scan
 
@@ -71,9 +72,7 @@ def _wrap(image: ScannedImage, setting: Setting) -> Wrapped:
 def _unusable(image: ScannedImage, setting: Setting) -> Finding | None:
     caption = image.caption
     if caption is None:
-        name = f"{image.name.rpartition('.')[0]}.{setting.caption_ext}"
-        message, fix = f"There is no {name}.", "Write it, or rename the one that is meant."
-        return Finding(image.name, "", "caption-missing", "error", message, fix)
+        return missing_caption(image, setting)
     if caption.unreadable is not None:
         return Finding(caption.name, "", "caption-unreadable", "error", *caption.unreadable)
     if not caption.text.strip():

@@ -78,7 +78,7 @@ def fix_dataset(root: Path, setting: Setting, convention: Convention | None = No
         if image.path.parent != folder:
             folder, taken = image.path.parent, set()
         if image.caption is None:
-            yield FixedImage(image, None, (_missing(image, setting),))
+            yield FixedImage(image, None, (missing_caption(image, setting),))
         elif image.caption.name in taken:
             yield FixedImage(image, None)
         else:
@@ -96,7 +96,8 @@ def _fix(image: ScannedImage, caption: Caption, setting: Setting, convention: Co
     return FixedImage(replace(image, caption=caption), fixed, tuple(left))
 
 
-def _missing(image: ScannedImage, setting: Setting) -> Finding:
+def missing_caption(image: ScannedImage, setting: Setting) -> Finding:
+    """That an image has no caption file."""
     name = f"{image.name.rpartition('.')[0]}.{setting.caption_ext}"
     message, fix = f"There is no {name}.", "Write it, or rename the one that is meant."
     return Finding(image.name, "", "caption-missing", "error", message, fix)

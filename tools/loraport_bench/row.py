@@ -166,7 +166,7 @@ def _trained(job: Job, made: Plan, machinery: Machinery, folder: Path) -> r.Run:
             machine=machine(idle),
             versions=_versions(job.backend, made),
             configuration=configuration(made, machinery.folder),
-            notes=notes,
+            notes=_shortened(notes, _places(machinery.folder)),
             **numbers,
         )
     finally:

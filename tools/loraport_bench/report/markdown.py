@@ -28,8 +28,13 @@ def markdown(results: Results) -> str:
     if notes := tables.notes(results):
         parts += ["## Notes", "\n".join(f"- {escaped(note)} ({escaped(', '.join(keys))})" for note, keys in notes)]
     parts += ["## Protocol", _pairs(tables.protocol(results)), "## Machine", _pairs(tables.machines(results))]
-    parts += ["## Versions", _table(tables.versions(results)), "## Every run", _table(tables.every_run(results))]
+    parts += [*_versions(results), "## Every run", _table(tables.every_run(results))]
     return "\n\n".join(parts) + "\n"
+
+
+def _versions(results: Results) -> list[str]:
+    table = tables.versions(results)
+    return ["## Versions", _table(table)] if table.rows else []
 
 
 def _group(group: Group, results: Results) -> list[str]:

@@ -19,6 +19,11 @@ class Table:
     rows: Sequence[Sequence[str]]
     words: frozenset[str] = frozenset()
 
+    @property
+    def stays(self) -> bool:
+        """Whether the names are short enough to stay in sight while a phone scrolls the table sideways."""
+        return all(len(row[0]) <= 14 for row in self.rows)
+
 
 def headline(group: Group) -> Table:
     """Each backend's speed, memory, time, energy and quality."""

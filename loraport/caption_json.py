@@ -12,6 +12,11 @@ from loraport.rules import Caption
 _BEGINS_LIKE_JSON = re.compile(r"(?:```\w*\s*)?\{\s*(?:[\"'}]|$)")
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')
 
+_PLAIN = (
+    "This is plain text, not JSON.",
+    "Make JSON of it with `loraport dataset wrap --caption-ext json`, or save it as .txt.",
+)
+
 
 class CaptionSyntaxError(ValueError):
     """The text is not JSON. `message` has line and column, `fix` what to do; as a string, it is both."""
@@ -39,7 +44,8 @@ def make_caption(name: str, text: str, caption_format: Literal["json", "text"], 
     try:
         return Caption(name, text, parse(text), encoding=encoding)
     except CaptionSyntaxError as error:
-        return Caption(name, text, syntax=(error.message, error.fix), encoding=encoding)
+        syntax = _PLAIN if is_plain_text(text) else (error.message, error.fix)
+        return Caption(name, text, syntax=syntax, encoding=encoding)
 
 
 def looks_like_json(text: str) -> bool:
@@ -74,9 +80,6 @@ def parse(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=JsonObject, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        if text.strip() and is_plain_text(text):
-            fix = "Make JSON of it with `loraport dataset wrap --caption-ext json`, or save it as .txt."
-            raise CaptionSyntaxError("This is plain text, not JSON.", fix) from error
         place = f"line {error.lineno}, column {error.colno}"
         raise CaptionSyntaxError(f"Not valid JSON at {place}: {error.msg}.", _advice(text, error)) from error
     except RecursionError as error:

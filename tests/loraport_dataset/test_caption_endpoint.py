@@ -264,7 +264,7 @@ def test_no_more_requests_than_allowed_are_on_their_way(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (said("A red square."), "Not valid JSON"),
+        (said("A red square."), "plain text, not JSON. Write"),
         (said({"high_level_description": "A red square."} | {"title": "x"}), "title: This key does not belong here."),
         (
             said({key: value for key, value in CAPTION.items() if key != "compositional_deconstruction"} | {"a": 1}),

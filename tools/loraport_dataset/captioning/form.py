@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loraport.caption_json import json_after, make_caption
+from loraport.caption_json import is_plain_text, json_after, make_caption
 from loraport.rules import Rule, Setting
 from loraport_dataset.boxes import Convention
 from loraport_dataset.captioning.answers import Message
@@ -92,6 +92,8 @@ class Form:
             text = before_and_json[1]
         bare = Setting(self.setting.family, max_text_tokens=self.setting.max_text_tokens)
         convention = Convention("xy", "corners", "thousandths") if self._boxes == "xy" else None
+        if is_plain_text(text):
+            return Reading(None, ("The answer is plain text, not JSON. Write the JSON object alone.",))
         fixed = fix_caption(make_caption(_NAME, text, "json"), bare, Boxes(convention, (1000, 1000)))
         caption = make_caption(_NAME, fixed.text, "json")
         found = [one for one in caption_findings(caption, bare, self._all_rules()) if one.severity != "advice"]

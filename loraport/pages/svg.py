@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 WIDTH = 360
-INK, MUTED, LINE, ACCENT, WARN = "#1b2027", "#59626e", "#d9dee5", "#2563c9", "#b3261e"
+LINE, ACCENT, WARN = "#d9dee5", "#2563c9", "#b3261e"
 
 
 def svg(height: int, title: str, parts: Sequence[Markup]) -> Markup:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from stand_ins.hub import serve
 
@@ -43,6 +44,7 @@ def loraport(folder: Path, *arguments: str, **environment: str) -> subprocess.Co
     )
 
 
+@pytest.mark.slow
 def test_sets_of_the_hub_are_downloaded_pinned_and_trained(tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(SPEC)
     with serve() as hub:

@@ -62,6 +62,7 @@ def lines(project: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (project / "rows.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_rows")
 def test_each_row_is_a_real_training_beside_the_stock_recipe_and_is_not_run_twice(project: Path) -> None:
     code, said = bench(project, "--steps", "3")
@@ -92,6 +93,7 @@ def test_each_row_is_a_real_training_beside_the_stock_recipe_and_is_not_run_twic
     assert "plain: in the file already" in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_rows")
 def test_the_held_out_loss_is_measured_at_each_seed_on_several_cards_at_once(project: Path) -> None:
     code, said = bench(project, "--quality", "--seeds", "0,1", "--steps", "3", "--gpus", "2")

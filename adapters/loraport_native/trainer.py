@@ -180,6 +180,7 @@ class Trainer:
             self.group.sum(values)
         norm = torch.nn.utils.clip_grad_norm_(self.masters.flat, train.max_grad_norm or math.inf)
         numbers = read_later(torch.cat((losses, norm[None])))
+        gradients.nan_to_num_(0.0, 0.0, 0.0)  # a step that diverged, which is noticed later, leaves the masters finite
         rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()

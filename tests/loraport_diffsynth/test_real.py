@@ -224,9 +224,9 @@ def test_a_checkouts_own_script_trains_too(small: Any, tmp_path: Path) -> None:
         assert {float(value) for key, value in read_tensors(result.lora).items() if key.endswith(".alpha")} == {4.0}
 
 
-def test_it_does_the_same_work_as_the_native_trainer(small: Any, tmp_path: Path) -> None:
-    """With all targets, which the smaller sets of them are parts of; that these are read right is in test_parser.py."""
-    result = train(small(lora={"targets": "all"}), "diffsynth", tmp_path / "theirs")
+@pytest.mark.parametrize("targets", ["attention", "attention+mlp", "all"])
+def test_it_does_the_same_work_as_the_native_trainer(small: Any, tmp_path: Path, targets: str) -> None:
+    result = train(small(lora={"targets": targets}), "diffsynth", tmp_path / "theirs")
     theirs = work_of(result.folder, passes(result.folder))
     assert theirs.images == 4 * 2
     assert theirs == native_work(result.folder, tmp_path / "ours")

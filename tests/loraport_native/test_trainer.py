@@ -349,6 +349,7 @@ def test_a_nan_names_step_sample_and_last_good_checkpoint(make_spec, make_traine
     whole = whole_checkpoints(tmp_path / "run")
     assert str(whole[failed - 1]) in message
     assert max(whole) == failed - 1
+    assert torch.isfinite(trainer.masters.weights[0]).all()
 
 
 def test_a_learning_rate_that_explodes_ends_before_a_bad_checkpoint(make_spec, make_trainer, tmp_path) -> None:

@@ -163,6 +163,27 @@ def test_held_out_losses_are_compared_seed_by_seed(tmp_path: Path) -> None:
     assert nf4[2:] == ["0.56500 ± 0.07778", "+0.01500 ± 0.00707", "0, 1"]
 
 
+def test_each_row_tells_the_held_out_loss_of_its_quantisation_once_some_were_measured(tmp_path: Path) -> None:
+    file = DataFile(tmp_path / "rows.jsonl")
+    for name in ("bf16", "nf4-checkpointing", "int8-checkpointing", "preset-6gb", "stock-nf4"):
+        file.append(measured(name, 0.4))
+    assert table.step_head(file) == table.STEP_HEAD
+    for name, losses in {"bf16": (0.50, 0.60), "nf4": (0.51, 0.62)}.items():
+        for seed, loss in enumerate(losses):
+            row = {"row": f"quality-{name}", "seed": seed, "status": "ok", "held_out": {"start": 1.0, "end": loss}}
+            file.append(row)
+    assert table.step_head(file)[-1] == table.HELD_OUT
+    lines = {line[0]: line for line in table.step_cells(file)}
+    assert {name: line[-1] for name, line in lines.items()} == {
+        "bf16": "0.55000 ± 0.07071",
+        "nf4-checkpointing": "+0.01500 ± 0.00707",
+        "preset-6gb": "+0.01500 ± 0.00707",  # it stores nf4
+        "int8-checkpointing": "–",
+        "*stock-nf4*": "–",
+    }
+    assert {len(line) for line in lines.values()} == {len(table.step_head(file))}
+
+
 def test_a_page_gets_its_tables_from_the_file_between_the_markers(data: DataFile, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench: rows.jsonl -->\nstale\n<!-- /bench -->\nafter\n")

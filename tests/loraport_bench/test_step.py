@@ -98,9 +98,17 @@ def test_each_row_is_a_real_training_beside_the_stock_recipe_and_is_not_run_twic
 def test_the_held_out_loss_is_measured_at_each_seed_on_several_cards_at_once(project: Path) -> None:
     code, said = bench(project, "--quality", "--seeds", "0,1", "--steps", "3", "--gpus", "2")
     assert code == 0, said
-    measured = {line["seed"]: line["held_out"] for line in lines(project) if line["row"] == "quality-bf16"}
+    rows = [line for line in lines(project) if line["row"] == "quality-bf16"]
+    measured = {line["seed"]: line["held_out"] for line in rows}
+    assert all(line["settings"]["steps"] == 3 and "step_s" not in line for line in rows)  # cards and cores were shared
     assert measured[0]["start"] == measured[1]["start"] != measured[0]["end"]
     assert measured[0]["end"] != measured[1]["end"]
+
+
+def test_runs_whose_time_is_measured_share_no_card(project: Path) -> None:
+    code, said = bench(project, "--gpus", "2")
+    assert code == 3
+    assert "--quality" in said
 
 
 def test_captions_get_exactly_the_length_asked_for(project: Path) -> None:

@@ -55,6 +55,7 @@ def step(
     quality: Annotated[bool, typer.Option("--quality", help="Measure held-out loss instead of time.")] = False,
     seeds: Annotated[str, typer.Option(help="Seeds for --quality, separated by commas.")] = "0,1,2",
     gpus: Annotated[int, typer.Option(min=1, help="Cards over which --quality spreads its runs.")] = 1,
+    per_gpu: Annotated[int, typer.Option(min=1, help="Runs that --quality has on each of those at once.")] = 1,
     again: Annotated[
         bool, typer.Option("--again", help="Run rows anew that the file holds; the newest counts.")
     ] = False,
@@ -70,7 +71,7 @@ def step(
     from loraport_bench.measure import Bench, with_limit
     from loraport_bench.results import DataFile
     from loraport_bench.rows import QUALITY_ROWS, ROWS, select
-    from loraport_bench.session import Session
+    from loraport_bench.session import Session, places
 
     def tell(text: str) -> None:
         typer.echo(text, err=True)
@@ -81,18 +82,20 @@ def step(
         raise SpecError(f"--seeds: {seeds!r} is not a list of whole numbers such as 0,1,2.") from None
     names = rows.split(",") if rows else None
     chosen = _here(select(QUALITY_ROWS if quality else ROWS, names), named=bool(names), quality=quality)
+    if not quality and (gpus, per_gpu) != (1, 1):
+        raise SpecError("--gpus and --per-gpu are for --quality: a run whose time is measured has its card to itself.")
+    at_once = places(gpus, per_gpu)
     file = DataFile(out)
     place = (work or work_folder()).expanduser().absolute()
     source = photographs(images).absolute()
     if checkpoint is None:
         tell(f"The checkpoint lies in {place / 'random-full-fp8'}.")
     model = checkpoint.expanduser().absolute() if checkpoint else make_checkpoint(place / "random-full-fp8")
-    measured = (steps or QUALITY_STEPS) - warm_up if quality else steps or STEPS
-    bench = Bench(model, source, place, measured, warm_up)
+    bench = Bench(model, source, place, steps or (QUALITY_STEPS if quality else STEPS), 0 if quality else warm_up)
     session = Session(bench, file, tell, again, _options(names, steps, warm_up, limit_memory, quality, seeds))
     chosen = [with_limit(row, limit_memory) for row in chosen]
     if quality:
-        session.quality(chosen, numbers, gpus)
+        session.quality(chosen, numbers, at_once)
     else:
         session.steps(chosen)
     _print(file, as_json)
@@ -162,12 +165,12 @@ def _print(file: DataFile, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from loraport_bench.table import QUALITY_HEAD, STEP_HEAD, missed, quality_cells, step_cells
+    from loraport_bench.table import QUALITY_HEAD, missed, quality_cells, step_cells, step_head
 
     if as_json:
         typer.echo(json.dumps(list(file.rows.values()), indent=2, ensure_ascii=False))
         return
-    for head, lines in ((STEP_HEAD, step_cells(file)), (QUALITY_HEAD, quality_cells(file))):
+    for head, lines in ((step_head(file), step_cells(file)), (QUALITY_HEAD, quality_cells(file))):
         if lines:
             shown = Table(*head, show_edge=False, pad_edge=False)
             for line in lines:

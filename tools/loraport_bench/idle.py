@@ -15,9 +15,8 @@ from typing import Any
 import psutil
 
 from loraport.errors import BackendError, RunFolderError
-from loraport_bench.monitor import card_handle
+from loraport_bench import nvml
 from loraport_bench.records import Idle, Machine
-from loraport_bench.sampling import visible_cards
 
 #: A card with less in use than this, and that was busy for less of the time, is idle.
 IDLE_BYTES = 600 * 2**20
@@ -29,32 +28,25 @@ def machine(idle: Idle | None = None) -> Machine:
     """This machine, with the first card that a run would use."""
     import pynvml
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     known: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
-        "cores": cores,
+        "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "idle": idle,
     }
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return Machine(**known)
-    try:
-        if not visible_cards(1):
+    with nvml.driver() as there:
+        handles = nvml.handles(nvml.visible_cards(1)) if there else []
+        if not handles:
             return Machine(**known)
-        handle = card_handle(visible_cards(1)[0])
         return Machine(
             **known,
-            card=pynvml.nvmlDeviceGetName(handle),
-            cards=pynvml.nvmlDeviceGetCount(),
-            card_bytes=pynvml.nvmlDeviceGetMemoryInfo(handle).total,
-            compute_capability=pynvml.nvmlDeviceGetCudaComputeCapability(handle),
-            driver=pynvml.nvmlSystemGetDriverVersion(),
+            card=nvml.ask(pynvml.nvmlDeviceGetName, handles[0]) or "unnamed card",
+            cards=nvml.ask(pynvml.nvmlDeviceGetCount) or 1,
+            card_bytes=nvml.total_bytes(handles[0]),
+            compute_capability=nvml.ask(pynvml.nvmlDeviceGetCudaComputeCapability, handles[0]),
+            driver=nvml.ask(pynvml.nvmlSystemGetDriverVersion),
         )
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def wait_until_idle(cards: int, patience: float, insist: bool = True) -> Idle | None:
@@ -62,15 +54,9 @@ def wait_until_idle(cards: int, patience: float, insist: bool = True) -> Idle | 
 
     After `patience` seconds it raises BackendError, or, without `insist`, tells how busy they are.
     """
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
     started = time.monotonic()
-    try:
-        handles = [card_handle(card) for card in visible_cards(cards)]
+    with nvml.driver() as there:
+        handles = nvml.handles(nvml.visible_cards(cards)) if there else []
         while handles:
             seen = [_seen(handle, time.monotonic() - started) for handle in handles]
             busiest = max(seen, key=lambda one: (one.utilisation_percent or 0, one.used_bytes or 0))
@@ -80,14 +66,11 @@ def wait_until_idle(cards: int, patience: float, insist: bool = True) -> Idle | 
                 if not insist:
                     return busiest
                 raise BackendError(
-                    f"The card is not idle: {busiest.utilisation_percent or 0:.0f} % in use, "
-                    f"{(busiest.used_bytes or 0) / 2**30:.1f} GiB taken, by {busiest.processes} processes.",
+                    f"The card is not idle: {_told(busiest)}.",
                     hint="End what uses it, wait longer with --wait SECONDS, or measure all the same with --busy.",
                 )
             time.sleep(_POLL)
         return None
-    finally:
-        pynvml.nvmlShutdown()
 
 
 @contextlib.contextmanager
@@ -138,20 +121,25 @@ def _take(descriptor: int, path: Path, wait: bool) -> None:
 def _seen(handle: Any, waited: float) -> Idle:
     import pynvml
 
-    try:
-        processes: int | None = len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
-    except pynvml.NVMLError:
-        processes = None
-    try:
-        busy: float | None = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
-    except pynvml.NVMLError:
-        busy = None
+    use, processes = nvml.ask(pynvml.nvmlDeviceGetUtilizationRates, handle), nvml.process_bytes(handle)
     return Idle(
         waited_s=round(waited, 2),
-        utilisation_percent=busy,
-        used_bytes=pynvml.nvmlDeviceGetMemoryInfo(handle).used,
-        processes=processes,
+        utilisation_percent=None if use is None else use.gpu,
+        used_bytes=nvml.used_bytes(handle),
+        processes=None if processes is None else len(processes),
     )
+
+
+def _told(seen: Idle) -> str:
+    """What is known of a busy card, in words."""
+    parts = []
+    if seen.utilisation_percent is not None:
+        parts.append(f"{seen.utilisation_percent:.0f} % in use")
+    if seen.used_bytes is not None:
+        parts.append(f"{seen.used_bytes / 2**30:.1f} GiB taken")
+    if seen.processes:
+        parts.append("by 1 process" if seen.processes == 1 else f"by {seen.processes} processes")
+    return ", ".join(parts)
 
 
 def _is_idle(seen: Idle) -> bool:

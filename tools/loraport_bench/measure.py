@@ -7,11 +7,10 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,14 @@ from loraport.run.events import Event
 from loraport.run.record import read_events
 from loraport.spec.yaml_text import dump_yaml
 from loraport_bench.data import child, make_dataset
+from loraport_bench.idle import usable_cores
 from loraport_bench.monitor import DeviceMonitor
+from loraport_bench.process import Running
 from loraport_bench.rows import Row, StockRow
 
 _MESSAGE = 400  # characters of a failure that are kept
+#: What a run that may share its card and cores says nothing of.
+_OF_SPEED = ("step_s", "first_steps_extra_s", "card_peak_gib", "phases_s")
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,17 @@ class Bench:
     steps: int  #: measured
     warm_up: int  #: before them
     python: str = sys.executable
+    running: Running = field(default_factory=Running, compare=False)
 
 
 @dataclass(frozen=True)
 class Held:
-    """For the held-out loss: the seed, and the card of several on which the run goes."""
+    """For the held-out loss: the seed, the card of several on which the run goes, and how many runs share the machine's
+    cores."""
 
     seed: int
     card: str | None = None
+    at_once: int = 1
 
 
 def train_row(row: Row, bench: Bench, held: Held | None = None) -> dict[str, Any]:
@@ -62,10 +68,13 @@ def train_row(row: Row, bench: Bench, held: Held | None = None) -> dict[str, Any
     environment = {**os.environ, "LORAPORT_CACHE": str(cache)}
     if held and held.card:
         environment["CUDA_VISIBLE_DEVICES"] = held.card
+    if held and held.at_once > 1:
+        for variable in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+            environment.setdefault(variable, str(max(1, usable_cores() // held.at_once)))
     command = [bench.python, "-m", "loraport.cli.main", "train", str(file), "--backend", "native"]
     try:
         with DeviceMonitor(held.card if held else None) as monitor:
-            code, said = _run([*command, "--out", str(run_dir), "--json"], environment)
+            code, said = bench.running.run([*command, "--out", str(run_dir), "--json"], environment)
         if code == Interrupted.exit_code:
             raise Interrupted(f"Stopped while measuring {name}; the same command goes on with that row.")
         told = list(read_events(run_dir / "events.jsonl")) if (run_dir / "events.jsonl").exists() else []
@@ -76,6 +85,8 @@ def train_row(row: Row, bench: Bench, held: Held | None = None) -> dict[str, Any
                 shutil.copy(run_dir / "log.txt", run_dir.with_suffix(".log"))
             message = (failed[-1] if failed else said[-_MESSAGE:]).replace(str(bench.work), "…")
             return {**_failure(code, message), **numbers}
+        if held:
+            numbers = {name: value for name, value in numbers.items() if name not in _OF_SPEED}
         return {"status": "ok", **numbers}
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -101,7 +112,7 @@ def spec_of(row: Row, bench: Bench, held: Held | None = None) -> dict[str, Any]:
             **({"gpus": row.gpus} if row.gpus > 1 else {}),
         },
         "memory": row.memory,
-        "save": {"every": max(1, steps // 2), "keep": 1},
+        "save": {"every": 0 if held else max(1, steps // 2), "keep": 1},
         "validation": {"every": steps if held else 0, "images": 2},
         "backend": {"options": {"memory_limit_gib": row.limit_gib} if row.limit_gib else {}},
     }
@@ -198,18 +209,6 @@ def _config(bench: Bench) -> str:
 def _native(module: str, arguments: list[str], bench: Bench) -> dict[str, Any]:
     said = child([bench.python, "-m", f"loraport_native.{module}", *arguments])
     return dict(json.loads(said.strip().splitlines()[-1]))
-
-
-def _run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """The exit code and the errors printed. An interruption ends the process too, which stops its trainer."""
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, said = process.communicate()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    return process.returncode, said
 
 
 def _failure(code: int, message: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import ctypes
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def run_watched(
     `output` is the file for what it prints, or `hear` gets each line. Raises Interrupted, with nothing left of it, when
     this process is asked to stop (SIGINT, SIGTERM or SIGHUP), and BackendError when it cannot be started.
     """
-    with _stops_raise(), open(output or "/dev/null", "wb") as file:
+    with stops_raise(), open(output or "/dev/null", "wb") as file:
         began = time.time()
         try:
             process = subprocess.Popen(
@@ -59,7 +60,7 @@ def run_watched(
                 stdout=subprocess.PIPE if hear else file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process alone
-                preexec_fn=_dies_with_us if sys.platform == "linux" else None,
+                preexec_fn=dies_with_us if sys.platform == "linux" else None,
             )
         except OSError as error:
             raise BackendError(f"{command[0]} cannot be started: {error.strerror}.") from error
@@ -75,7 +76,7 @@ def run_watched(
         return Ended(code, began, ended, sampler.samples)
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     """End a `loraport train` and everything under it: twice SIGTERM, which kills its trainer, then SIGKILL."""
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
@@ -91,6 +92,57 @@ def end(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(psutil.Error):
             one.kill()
     psutil.wait_procs(left, _PATIENCE)
+
+
+class Running:
+    """Processes that threads wait for, so that another thread can end them all."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._processes: set[subprocess.Popen[str]] = set()
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
+        """Run a command; its exit code and what it wrote to its error stream. Raises Interrupted once `stop` was
+        called."""
+        with self._lock:
+            self._go_on()
+            process = subprocess.Popen(
+                list(command),
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                preexec_fn=dies_with_us if sys.platform == "linux" else None,
+            )
+            self._processes.add(process)
+        try:
+            _, said = process.communicate()
+        except BaseException:
+            end(process)
+            raise
+        finally:
+            with self._lock:
+                self._processes.discard(process)
+        self._go_on()
+        return process.returncode, said
+
+    def stop(self) -> None:
+        """End every process and start no other."""
+        with self._lock:
+            self._stopped = True
+            processes = list(self._processes)
+        for process in processes:  # all are asked before one is waited for
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        for process in processes:
+            end(process)
+
+    def _go_on(self) -> None:
+        if self._stopped:
+            raise Interrupted("Stopped.", hint="The same command goes on where this was.")
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float, hear: Callable[[str], None] | None) -> int | None:
@@ -126,7 +178,7 @@ def _listen(stream: IO[bytes], hear: Callable[[str], None], deadline: float) -> 
 
 
 @contextlib.contextmanager
-def _stops_raise() -> Iterator[None]:
+def stops_raise() -> Iterator[None]:
     """Turn what asks this process to stop into Interrupted, for as long as the block lasts. Main thread only."""
 
     def stop(number: int, frame: Any) -> None:
@@ -144,6 +196,6 @@ def _stops_raise() -> Iterator[None]:
             signal.signal(caught, handler)
 
 
-def _dies_with_us() -> None:
+def dies_with_us() -> None:
     """Runs in the child: SIGTERM, on which a run stops with a checkpoint, when this process is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

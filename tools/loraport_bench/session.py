@@ -10,15 +10,31 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from loraport_bench.data import read_config
+from loraport.errors import SpecError
+from loraport_bench.data import make_dataset, read_config
 from loraport_bench.floor import Dimensions, floor_gib, floor_seconds, tokens
 from loraport_bench.measure import Bench, Held, rate_row, stock_row, train_row
 from loraport_bench.monitor import machine
+from loraport_bench.process import stops_raise
 from loraport_bench.results import DataFile, versions
 from loraport_bench.rows import Row, StockRow
 
 RATE = "rate"
 Tell = Callable[[str], None]
+
+
+def places(gpus: int, per_gpu: int) -> list[str | None]:
+    """The card of each run that goes on at once, by its index or UUID; None for the one that a run takes by itself.
+
+    CUDA_VISIBLE_DEVICES says which cards there are. Raises SpecError when they are fewer than `gpus`.
+    """
+    if gpus == 1:
+        return [None] * per_gpu
+    named = dict.fromkeys(os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(","))
+    visible = [card for card in named if card] or [str(card) for card in range(machine()["cards"] or gpus)]
+    if gpus > len(visible):
+        raise SpecError(f"--gpus: {gpus} are asked for, and there are {len(visible)}: {', '.join(visible)}.")
+    return [card for card in visible[:gpus] for _ in range(per_gpu)]
 
 
 @dataclass(frozen=True)
@@ -33,36 +49,38 @@ class Session:
 
     def steps(self, rows: list[Row]) -> None:
         """Measure the rows, each after the stock recipe of its kind and the card's rate."""
-        self._measure(RATE, None, {}, lambda: rate_row(self.bench))
-        for row in rows:
-            if row.stock:
-                stock = StockRow(row.stock, row.resolution, row.text, row.rank, row.batch)
-                self._measure(stock.name, None, _settings(stock, self.bench), lambda: stock_row(stock, self.bench))  # noqa: B023
-            self._measure(row.name, None, _settings(row, self.bench), lambda: self._step(row))  # noqa: B023
+        with stops_raise():
+            self._measure(RATE, None, {}, lambda: rate_row(self.bench))
+            for row in rows:
+                if row.stock:
+                    stock = StockRow(row.stock, row.resolution, row.text, row.rank, row.batch)
+                    self._measure(stock.name, None, _settings(stock, self.bench), lambda: stock_row(stock, self.bench))  # noqa: B023
+                self._measure(row.name, None, _settings(row, self.bench), lambda: self._step(row))  # noqa: B023
 
-    def quality(self, rows: list[Row], seeds: list[int], gpus: int) -> None:
-        """Measure the held-out loss of each row at each seed, on `gpus` cards at once."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        named = [card.strip() for card in visible.split(",") if card.strip()] or [str(card) for card in range(gpus)]
+    def quality(self, rows: list[Row], seeds: list[int], cards: list[str | None]) -> None:
+        """Measure the held-out loss of each row at each seed, a run on each of `cards` at once; see `places`."""
+        for row in rows:  # made once, before several runs would make it
+            make_dataset(self.bench.images, self.bench.work, row.resolution, row.text, self.bench.checkpoint)
         free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        for card in named[:gpus] if gpus > 1 else [None]:
+        for card in cards:
             free.put(card)
 
         def measure(row: Row, seed: int) -> None:
             card = free.get()
             try:
-                settings = _settings(row, self.bench)
-                self._measure(row.name, seed, settings, lambda: train_row(row, self.bench, Held(seed, card)))
+                held = Held(seed, card, len(cards))
+                self._measure(row.name, seed, _settings(row, self.bench), lambda: train_row(row, self.bench, held))
             finally:
                 free.put(card)
 
-        with ThreadPoolExecutor(max_workers=gpus) as pool:
+        with stops_raise(), ThreadPoolExecutor(max_workers=len(cards)) as pool:
             jobs = [pool.submit(measure, row, seed) for seed in seeds for row in rows]
             try:
                 for job in jobs:
                     job.result()
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.bench.running.stop()
                 raise
 
     def _step(self, row: Row) -> dict[str, Any]:

@@ -16,13 +16,14 @@ _MARKED = re.compile(r"(<!-- bench: (\S+)( short)? -->\n).*?(<!-- /bench -->)", 
 
 STEP_HEAD = ("profile", "s/step", "bar", "× stock", "bar", "× floor", "peak GiB", "bar", "floor", "whole card GiB")
 _SHORT = (0, 1, 3, 6)  #: columns of STEP_HEAD that a short table has
+HELD_OUT = "held-out loss, − bf16's"  #: the column more where the file has held-out losses
 QUALITY_HEAD = ("profile", "held-out loss before", "after", "after − bf16's, by seed", "seeds")
 MET, MISSED = "✓", "✗"
 
 
 def markdown(file: DataFile) -> str:
     """Both tables in Markdown; the one that has no rows is left out."""
-    parts = [_table(STEP_HEAD, step_cells(file)), _table(QUALITY_HEAD, quality_cells(file))]
+    parts = [_table(step_head(file), step_cells(file)), _table(QUALITY_HEAD, quality_cells(file))]
     return "\n".join(part for part in parts if part)
 
 
@@ -51,24 +52,61 @@ def fill(page: Path) -> str:
     return _MARKED.sub(made, page.read_text(encoding="utf-8"))
 
 
+def step_head(file: DataFile) -> tuple[str, ...]:
+    """The columns of `step_cells`."""
+    return (*STEP_HEAD, HELD_OUT) if _has_held_out(file) else STEP_HEAD
+
+
 def step_cells(file: DataFile) -> list[list[str]]:
-    """A line for each row and each stock recipe that was tried, in the order of ROWS."""
+    """A line for each row and each stock recipe that was tried, in the order of ROWS. Where the file has held-out
+    losses, each row ends in how far that of its storage and compute is from bf16's."""
     lines = [_step_line(row, file) for row in ROWS if (row.name, None) in file.rows]
-    stock = [name for name, _ in file.rows if name.startswith("stock-")]
-    return lines + [_stock_line(file.rows[name, None]) for name in stock]
+    stock = [_stock_line(line) for (name, _), line in file.rows.items() if name.startswith("stock-")]
+    if _has_held_out(file):
+        measured = [row for row in ROWS if (row.name, None) in file.rows]
+        lines = [[*line, _held_out(row, file)] for row, line in zip(measured, lines, strict=True)]
+        stock = [[*line, "–"] for line in stock]
+    return lines + stock
+
+
+def _has_held_out(file: DataFile) -> bool:
+    return any(_ends(file, row.name) for row in QUALITY_ROWS)
+
+
+def _held_out(row: Row, file: DataFile) -> str:
+    """What `quality_cells` tells of the row's quantisation: a difference, or of bf16 the loss itself."""
+    reference, *others = QUALITY_ROWS
+    quantize = _quantize(row)
+    if quantize == reference.memory["quantize"]:
+        return _mean(_ends(file, reference.name).values()) if _ends(file, reference.name) else "–"
+    return next((_apart(other, file) for other in others if other.memory["quantize"] == quantize), "–")
+
+
+def _quantize(row: Row) -> str | None:
+    """The quantisation of a row, or of the preset that it names."""
+    from loraport.plugins import plugins
+
+    if "profile" not in row.memory:
+        return row.memory.get("quantize")
+    return str(plugins().profiles()["hardware", row.memory["profile"]].sets["quantize"])
+
+
+def _apart(row: Row, file: DataFile) -> str:
+    """How far a row's held-out losses are from those of the first of QUALITY_ROWS at the same seeds."""
+    reference, ends = _ends(file, QUALITY_ROWS[0].name), _ends(file, row.name)
+    apart = [ends[seed] - reference[seed] for seed in ends if seed in reference]
+    return _mean(apart, sign="+") if apart else "–"
 
 
 def quality_cells(file: DataFile) -> list[list[str]]:
     """A line for each profile whose held-out loss was measured: mean ± standard deviation over the seeds."""
-    reference = _ends(file, QUALITY_ROWS[0].name)
     lines = []
     for row in QUALITY_ROWS:
         ends = _ends(file, row.name)
         if not ends:
             continue
         starts = [file.rows[row.name, seed]["held_out"]["start"] for seed in ends]
-        apart = [ends[seed] - reference[seed] for seed in ends if seed in reference]
-        difference = "–" if row is QUALITY_ROWS[0] or not apart else _mean(apart, sign="+")
+        difference = "–" if row is QUALITY_ROWS[0] else _apart(row, file)
         seeds = ", ".join(map(str, sorted(ends)))
         lines.append([row.name.removeprefix("quality-"), _mean(starts), _mean(ends.values()), difference, seeds])
     return lines

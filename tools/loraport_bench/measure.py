@@ -21,7 +21,6 @@ from loraport.run.events import Event
 from loraport.run.record import read_events
 from loraport.spec.yaml_text import dump_yaml
 from loraport_bench.data import child, make_dataset
-from loraport_bench.idle import usable_cores
 from loraport_bench.monitor import DeviceMonitor
 from loraport_bench.process import Running
 from loraport_bench.rows import Row, StockRow
@@ -70,7 +69,7 @@ def train_row(row: Row, bench: Bench, held: Held | None = None) -> dict[str, Any
         environment["CUDA_VISIBLE_DEVICES"] = held.card
     if held and held.at_once > 1:
         for variable in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
-            environment.setdefault(variable, str(max(1, usable_cores() // held.at_once)))
+            environment.setdefault(variable, str(max(1, _cores() // held.at_once)))
     command = [bench.python, "-m", "loraport.cli.main", "train", str(file), "--backend", "native"]
     try:
         with DeviceMonitor(held.card if held else None) as monitor:
@@ -195,6 +194,11 @@ def spread(values: list[float]) -> dict[str, float]:
     found = {"median": statistics.median(values), "p10": deciles[0], "p90": deciles[-1]}
     found["mean"] = statistics.fmean(values)
     return {name: round(value, 4) for name, value in found.items()}
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def with_limit(row: Row, gib: float | None) -> Row:

@@ -33,6 +33,16 @@ def modules(name):
     }
 
 
+@functools.cache
+def norms(model):
+    """{name: whether it has a bias} of every norm of a model that has a weight."""
+    return {
+        name: getattr(module, "bias", None) is not None
+        for name, module in build(model).named_modules()
+        if name not in modules(model) and getattr(getattr(module, "weight", None), "ndim", 0) == 1
+    }
+
+
 def layout(model):
     """Native module → its rows as (first, stop, diffusers module, first, stop there, rows of the native one)."""
     family, placed = FAMILIES[family_of(model)], {}

@@ -23,13 +23,13 @@ class NotExact(DataError):
 
 @dataclass(frozen=True, eq=False)
 class Full(Factors):
-    """The whole change: `diff` has the shape of the weight, (out, in[, kh, kw])."""
+    """The whole change: `diff` has the shape of the weight, (out, in[, kh, kw]), or of a bias or norm, (out,)."""
 
     kind: ClassVar[str] = "full"
     diff: Array
 
     def problem(self) -> str | None:
-        return None if self.diff.ndim >= 2 else f"diff {self.diff.shape} is not (out, in[, kh, kw])"
+        return None if self.diff.ndim else "the change of a parameter is one number"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -46,7 +46,8 @@ class Full(Factors):
 @dataclass(frozen=True, eq=False)
 class Verbatim(Factors):
     """An adapter whose change is made from the base weight, by the endings of its tensors: OFT and BOFT turn its rows,
-    GLoRA multiplies it. It is kept as it is, bit for bit, and two of them are the same when their tensors are."""
+    GLoRA multiplies it, and a whole weight takes its place. It is kept as it is, bit for bit, and two of them are the
+    same when their tensors are."""
 
     kind: ClassVar[str] = "verbatim"
     tensors: Mapping[str, Array]
@@ -60,6 +61,8 @@ class Verbatim(Factors):
     @property
     def algorithm(self) -> str:
         """What people call it."""
+        if ".set_weight" in self.tensors:
+            return "replaced weight"
         blocks = self.tensors.get(".oft_blocks")
         return "GLoRA" if blocks is None else "BOFT" if blocks.ndim == 4 else "OFT"
 
@@ -68,6 +71,8 @@ class Verbatim(Factors):
         empty = next((name for name, array in self.tensors.items() if 0 in array.shape), None)
         if empty is not None:
             return f"{empty} is empty"
+        if ".set_weight" in self.tensors:
+            return None if self.tensors[".set_weight"].ndim else "the weight is one number"
         if blocks is None:
             flat = next((name for name, array in self.tensors.items() if name != ".alpha" and array.ndim < 2), None)
             return None if flat is None else f"{flat} has fewer than two axes"
@@ -87,6 +92,8 @@ class Verbatim(Factors):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, 0) of an OFT, whose columns its tensors do not tell."""
+        if (weight := self.tensors.get(".set_weight")) is not None:
+            return weight.shape[0], math.prod(weight.shape[1:])
         blocks = self.tensors.get(".oft_blocks")
         if blocks is not None:
             return blocks.shape[-3] * blocks.shape[-1], 0

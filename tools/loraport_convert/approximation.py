@@ -59,11 +59,13 @@ def truncated(module: LoraModule, rank: int) -> Approximation:
     """The closest change of at most `rank`.
 
     A LoRA is decomposed through QR of its factors and never multiplied out; other kinds by randomised SVD over blocks
-    of rows, with a fixed seed. A LoRA of no higher rank comes back as it is. Raises DataError for a DoRA, whose row
-    norms belong to the untruncated change.
+    of rows, with a fixed seed. A LoRA of no higher rank comes back as it is, and so does what is no matrix. Raises
+    DataError for a DoRA, whose row norms belong to the untruncated change.
     """
     _refuse_dora(module)
     factors = module.factors
+    if isinstance(factors, Full) and 1 in (factors.diff.ndim, *factors.shape):
+        return Approximation(module, Loss(0.0, abs(module.scale) * float(np.linalg.norm(exact(factors.diff)))))
     if isinstance(factors, LowRank):
         left, right = exact(factors.up), exact(factors.down)
         left_q, left_r = np.linalg.qr(left)

@@ -32,7 +32,7 @@ from loraport.lora.storage import Tensors, read_tensors
 from loraport.lora.streaming import stream_tensors
 from loraport_convert.codec import keys
 from loraport_convert.codec.decode import FAMILY_KEY
-from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors
+from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors, spelled
 from loraport_convert.codec.header import dora_of, factors_of, fields_of, measure
 from loraport_convert.dialects.base import known
 from loraport_convert.dtypes import cast
@@ -41,6 +41,7 @@ from loraport_convert.families.detect import detect_family
 from loraport_convert.families.rules import ModuleMap, Shape, Span
 
 PREFIX = "diffusion_model."
+_UNREAD = (*keys.MAGNITUDES, keys.PEFT_BIAS, keys.DIFF_MODULATION)
 
 
 class ComfyUI:
@@ -76,7 +77,11 @@ class ComfyUI:
         mine = [key for key in tensors if _split(key) is not None]
         unread = [key for key in tensors if _split(key) is None]
         builders, sizes = {}, {}
-        for prefixed, endings in keys.grouped(mine)[0].items():
+        grouped, _ = keys.grouped(mine)
+        for prefixed, endings in grouped.items():
+            if keys.NORM_BIAS in endings and keys.WHOLE[1] not in grouped.get(prefixed.removesuffix(keys.BIAS), {}):
+                unread.append(endings[keys.NORM_BIAS])  # it looks for the two together
+                continue
             fields, rest = fields_of(prefixed, endings, (keys.DORA_SCALE,), path)
             unread.extend(rest)
             if fields:
@@ -84,6 +89,9 @@ class ComfyUI:
                 sizes[name] = _measure(name, fields, tensors)
                 builders[name] = partial(_module, name, fields, tensors)
         family = tensors.metadata.get(FAMILY_KEY) or self.family or _family(sizes)
+        for name in [each for each in builders if _lost(family, each)]:
+            del builders[name]
+            unread.extend(grouped[PREFIX + name].values())
         return LoraFile(family, LazyModules(builders), tensors.metadata, tuple(unread))
 
     def write(self, lora: LoraFile, path: Path, dtype: str | None, metadata: Mapping[str, str]) -> None:
@@ -102,7 +110,13 @@ def _split(key: str) -> tuple[str, str] | None:
     if not key.startswith((PREFIX, keys.TEXT_ENCODERS)):
         return None
     parts = keys.split(key)
-    return None if parts is None or parts[1] in keys.MAGNITUDES else parts
+    return None if parts is None or parts[1] in _UNREAD else parts
+
+
+def _lost(family: str | None, name: str) -> bool:
+    """Whether a module's change is of a bias that the model does not have."""
+    owner = name.removesuffix(keys.BIAS)
+    return owner != name and family in FAMILIES and not FAMILIES[family].has_bias(owner)
 
 
 def _are_native(mine: Collection[str], shapes: Mapping[str, tuple[int, ...]], told: str | None) -> bool:
@@ -126,10 +140,14 @@ def _native(family: ModuleMap, name: str) -> bool:
 
 def _family(sizes: Mapping[str, Shape]) -> str | None:
     try:
-        family = detect_family({(n, False): s for n, s in sizes.items() if not n.startswith(keys.TEXT_ENCODERS)})
+        family = detect_family({(n, False): s for n, s in sizes.items() if _tells_family(n)})
     except DataError:
         return None  # several fit; ComfyUI's names need no family to be understood
     return family.name if family else None
+
+
+def _tells_family(name: str) -> bool:
+    return not (name.startswith(keys.TEXT_ENCODERS) or name.endswith(keys.BIAS))
 
 
 def _measure(name: str, fields: Mapping[str, str], tensors: Tensors) -> Shape:
@@ -164,7 +182,7 @@ def _tensors(lora: LoraFile, dtype: str | None) -> Iterator[tuple[str, Array]]:
         module = _without_core(module)
         tensors = low_rank_tensors(module, dtype, ".lora_up.weight", ".lora_down.weight")
         for ending, array in (tensors or lycoris_tensors(module, dtype, "ComfyUI")).items():
-            yield prefixed + ending, array
+            yield spelled(prefixed, ending), array
         if module.dora is not None:
             yield prefixed + keys.DORA_SCALE, _dora_scale(module.dora, name)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from loraport.lora.storage import Tensors
 from loraport_convert.codec import keys
-from loraport_convert.families import FAMILIES
+from loraport_convert.families import ENCODERS, FAMILIES
 from loraport_convert.families.rules import Span
 
 #: Family → the prefixes under which ComfyUI takes diffusers' names, but for the two exceptions below.
@@ -30,10 +30,11 @@ _DIFFUSERS_NAMES = {
 _SHARED_OF_FLUX2 = ("double_stream_modulation", "single_stream_modulation", "time_guidance_embed")
 #: Of Stable Diffusion it takes dotted names of attention as diffusers had them when they were processors.
 _ATTENTION = re.compile(r"\.(processor\.)?to_(?:[qkv]|out(\.0)?)$")
+_OWN = "text_encoders."
 _NATIVE = ("diffusion_model.", "lora_unet_")
 _BLOCKS = tuple(f"{root}{block}_block" for root in ("unet.", "") for block in ("down", "mid", "up"))
 _TEXT_ENCODERS = (
-    "text_encoders.",
+    _OWN,
     "lora_te_",
     "lora_te1_",
     "lora_te2_",
@@ -60,22 +61,55 @@ def judge(
     tensors: Tensors, modules: Mapping[str, Mapping[str, str]], family: str | None, scales: Mapping[str, float | None]
 ) -> Verdict:
     """What happens to the modules, grouped as prefixed name → ending → key; `scales` are what the file really means."""
-    skips = tuple(prefixed for prefixed in modules if not _known(prefixed, family))
+    skips = tuple(
+        prefixed
+        for prefixed, endings in modules.items()
+        if not _known(prefixed.removesuffix(keys.BIAS), family) or not _looked_for(prefixed, endings, modules)
+    )
     loaded = {prefixed: endings for prefixed, endings in modules.items() if prefixed not in set(skips)}
     found: dict[str, list[str]] = {}
     aborts = False
     for prefixed, endings in loaded.items():
-        for problem, fatal in _problems(prefixed, endings, tensors, scales):
+        problems = _problems(prefixed, endings, tensors, scales)
+        if prefixed.endswith(keys.BIAS) and (problem := _bias_problem(prefixed.removesuffix(keys.BIAS), family)):
+            problems.append((problem, False))
+        for problem, fatal in problems:
             found.setdefault(problem, []).append(prefixed)
             aborts |= fatal
-    problems = tuple(f"{problem} ({len(names)} modules, such as {names[0]})" for problem, names in found.items())
-    return Verdict(0 if aborts else len(loaded), skips, problems, aborts)
+    told = tuple(f"{problem} ({len(names)} modules, such as {names[0]})" for problem, names in found.items())
+    return Verdict(0 if aborts else len(loaded), skips, told, aborts)
+
+
+def _looked_for(prefixed: str, endings: Mapping[str, str], modules: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether it reads these endings at all: not PEFT's biases and Wan's modulation, a norm's bias with its weight."""
+    if keys.NORM_BIAS in endings:
+        return keys.WHOLE[1] in modules.get(prefixed.removesuffix(keys.BIAS), {})
+    return not endings.keys() <= {keys.PEFT_BIAS, keys.DIFF_MODULATION}
+
+
+def _bias_problem(prefixed: str, family: str | None) -> str | None:
+    """Why the change of a module's bias would be lost without a word, or None."""
+    if family not in FAMILIES:
+        return None
+    module = keys.parse(prefixed)
+    if module.part != keys.MODEL:
+        return None
+    spans = FAMILIES[family].native(module.name, None, module.flat)
+    if spans and not FAMILIES[family].has_bias(spans[0].module):
+        return "the model has no such bias, and ComfyUI leaves its change out without a word"
+    if spans and not (len(spans) == 1 and spans[0].whole):
+        return "the bias of a part of a fused module is left out without a word"
+    return None
 
 
 def _known(prefixed: str, family: str | None) -> bool:
     """Whether ComfyUI finds the module. Without a known family, only its own prefixes count."""
     if prefixed.startswith(_TEXT_ENCODERS):
-        return True
+        flat = prefixed.startswith("lora_te")
+        names = (
+            ENCODERS["clip"].native(keys.parse(prefixed).name, None, flat) if not prefixed.startswith(_OWN) else None
+        )
+        return names is None or ENCODERS["clip"].is_matrix(names[0].module)
     module = keys.parse(prefixed)
     attention = _ATTENTION.search(prefixed) if family in ("sd15", "sdxl") and not module.flat else None
     if attention is not None and not prefixed.startswith(_NATIVE):
@@ -118,7 +152,7 @@ def _problems(
     if any(each in endings for each in keys.MAGNITUDES):
         found.append(("the DoRA magnitude is not read, while its factors are applied as a plain LoRA", False))
     scale = scales.get(prefixed)
-    if keys.ALPHA not in endings and keys.DIFF not in endings:
+    if keys.ALPHA not in endings and not endings.keys() & keys.UNSCALED:
         if scale is None:
             found.append(("no alpha: it is applied at scale 1, which may not be what was trained", False))
         elif abs(scale - 1) > 1e-6:

@@ -13,6 +13,7 @@ import numpy as np
 from loraport.errors import DataError
 from loraport.lora.canonical import Array, LoraFile, LoraModule, LowRank
 from loraport.lora.lazy import LazyModules
+from loraport.lora.stacked import Full, Verbatim
 
 _FILE_NAMES = {"float64": "fp32", "float32": "fp32", "float16": "fp16"}
 
@@ -79,7 +80,16 @@ def _module(name: str, ingredients: Sequence[Ingredient]) -> LoraModule:
             )
     if len(modules) == 1:
         module, each = modules[0]
+        if isinstance(module.factors, Verbatim) and each.strength != 1:
+            raise DataError(
+                f"{each.path}: module {name} is a {module.factors.algorithm}, of which no other strength can be kept.",
+                hint="Give it the strength 1, or use the LoRAs one after the other in ComfyUI.",
+            )
         return replace(module, scale=module.scale * each.strength)
+    if all(isinstance(module.factors, Full) for module, _ in modules):
+        return _summed(
+            name, [(module.factors.arrays()["diff"], module.scale * each.strength) for module, each in modules]
+        )
     parts: list[tuple[LowRank, float]] = []
     for module, each in modules:
         if not isinstance(module.factors, LowRank):
@@ -91,13 +101,24 @@ def _module(name: str, ingredients: Sequence[Ingredient]) -> LoraModule:
     return LoraModule(name, *_side_by_side(name, parts))
 
 
+def _summed(name: str, changes: Sequence[tuple[Array, float]]) -> LoraModule:
+    """The sum of whole changes, in fp64."""
+    if len({change.shape for change, _ in changes}) > 1:
+        shapes = ", ".join(str(change.shape) for change, _ in changes)
+        raise _of_other_sizes(name, shapes)
+    total = np.sum([scale * change.astype(np.float64) for change, scale in changes], axis=0)
+    return LoraModule(name, Full(total), 1.0)
+
+
+def _of_other_sizes(name: str, shapes: str) -> DataError:
+    return DataError(f"The module {name} has different sizes: {shapes}.", hint="They were trained on different models.")
+
+
 def _side_by_side(name: str, parts: Sequence[tuple[LowRank, float]]) -> tuple[LowRank, float]:
     """One LoRA of all ranks together, and its scale."""
     if len({factors.shape for factors, _ in parts}) > 1 or len({factors.down.shape[1:] for factors, _ in parts}) > 1:
         shapes = ", ".join(str(factors.shape) for factors, _ in parts)
-        raise DataError(
-            f"The module {name} has different sizes: {shapes}.", hint="They were trained on different models."
-        )
+        raise _of_other_sizes(name, shapes)
     scale = next((each for _, each in parts if each), 1.0)
     ups = [_times(factors.up, each / scale) for factors, each in parts]
     downs = [factors.down for factors, _ in parts]

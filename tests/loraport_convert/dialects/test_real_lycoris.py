@@ -46,7 +46,6 @@ AS_THEY_ARE = {"diag-oft": {"algo": "diag-oft"}, "boft": {"algo": "boft"}, "glor
 REFUSED = {
     "rescale": {"algo": "diag-oft", "rescaled": True},
     "constraint": {"algo": "diag-oft", "constraint": 0.1},
-    "norm": {"train_norm": True},
     "IA³": {"algo": "ia3"},
 }
 
@@ -60,10 +59,27 @@ text_encoder_target_module = ["CLIPAttention", "CLIPMLP"]
 """
 
 
-def saved(path, options, family="sd15"):
-    """{module of the UNet or text encoder: (it, its weight)}, once trained; the file is written."""
+def models():
     torch.manual_seed(0)
-    unet, encoder = diffusers.UNet2DConditionModel(**SD15), clip(0)
+    return diffusers.UNet2DConditionModel(**SD15), clip(0)
+
+
+def saved(path, options, family="sd15"):
+    """{module of the UNet or text encoder: it}, once trained; the file is written."""
+    unet, encoder = trained_models(path, options, family)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    parts = [("", unet), ("text_encoders.clip_l.transformer.text_model.", encoder)]
+    return {
+        start + name.removeprefix("text_model."): module
+        for start, model in parts
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and module.forward.__self__ is not module
+    }
+
+
+def trained_models(path, options, family="sd15"):
+    """The UNet and the text encoder with what LyCORIS trains in them; the file is written."""
+    unet, encoder = models()
     preset = path.with_name("preset.toml")
     preset.write_text(PRESET)
     sizes = {"conv_dim": 2, "conv_alpha": 3, "preset": str(preset)}
@@ -76,14 +92,7 @@ def saved(path, options, family="sd15"):
         else:
             torch.nn.init.normal_(parameter, std=0.2)
     made.save_weights(str(path), torch.float32, {FAMILY_KEY: family})
-    kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    parts = [("", unet), ("text_encoders.clip_l.transformer.text_model.", encoder)]
-    return {
-        start + name.removeprefix("text_model."): module
-        for start, model in parts
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) and module.forward.__self__ is not module
-    }
+    return unet, encoder
 
 
 def with_change(module, weight):
@@ -125,6 +134,38 @@ def test_what_lycoris_saves_is_what_its_forward_pass_computes(tmp_path, monkeypa
     if not any(isinstance(module.dora, RowScale) for module in lora.modules.values()):
         dialects["comfyui"].write(lora, tmp_path / "comfy.safetensors", None, {})
         assert prove(lora, dialects["comfyui"].read(tmp_path / "comfy.safetensors")).ok
+
+
+@pytest.mark.parametrize("options", [{"train_norm": True}, {"algo": "full", "train_norm": True}])
+def test_norms_biases_and_whole_modules_make_of_the_models_what_was_trained(tmp_path, options):
+    path, dialects = tmp_path / "x.safetensors", plugins().dialects()
+    trained, fresh = trained_models(path, options), models()
+    lora = read_lora(path, dialects).lora
+    assert lora.unread == ()
+    dialects["comfyui"].write(lora, tmp_path / "comfy.safetensors", None, {})
+    read = dialects["comfyui"].read(tmp_path / "comfy.safetensors")
+    assert prove(lora, read, kept=frozenset(lora.modules)).ok
+    weights = dict(fresh[0].named_parameters()) | {
+        f"text_encoders.clip_l.transformer.{'' if name.startswith('text_model.') else 'text_model.'}{name}": parameter
+        for name, parameter in fresh[1].named_parameters()
+    }
+    for name, module in read.modules.items():
+        owner = name.removesuffix(".bias")
+        if not name.startswith("text_encoders."):
+            (span,) = FAMILIES["sd15"].diffusers(owner)
+            owner = span.module
+        weight = weights[f"{owner}.{'bias' if name.endswith('.bias') else 'weight'}"]
+        change = module.scale * module.factors.product()(0, len(weight))
+        weight.data += torch.from_numpy(change.reshape(weight.shape)).float()
+    point, tokens = torch.randn(1, 4, 16, 16), torch.arange(8)[None]
+    prompt = torch.randn(1, 8, SD15["cross_attention_dim"])
+    with torch.no_grad():
+        texts = [encoder(tokens).last_hidden_state for _, encoder in (trained, fresh)]
+        images = [unet(point, 7, prompt).sample for unet, _ in (trained, fresh)]
+        untrained = models()[0](point, 7, prompt).sample
+    for expected, got in (texts, images):
+        assert (got - expected).norm() < 1e-4 * expected.norm()
+    assert (untrained - images[0]).norm() > 0.1 * images[0].norm()
 
 
 def native(name):

@@ -51,6 +51,31 @@ def test_the_family_is_recognised_by_all_modules_by_attention_alone_and_by_nativ
 
 
 @pytest.mark.parametrize("model", models.CONFIGS)
+def test_every_norm_has_one_native_name_and_the_way_back_is_the_same(model):
+    family = FAMILIES[models.family_of(model)]
+    found = {}
+    for name in models.norms(model):
+        (span,) = family.native(name)
+        assert family.native(name.replace(".", "_"), None, flat=True) == (span,)
+        (back,) = family.diffusers(span.module)
+        assert (back.module, span.whole, back.whole) == (name, True, True)
+        assert not family.is_matrix(span.module)
+        found[span.module] = name
+    assert len(found) == len(models.norms(model))
+
+
+@pytest.mark.parametrize("model", models.CONFIGS)
+def test_the_modules_said_to_have_a_bias_are_those_that_have_one(model):
+    family, named = FAMILIES[models.family_of(model)], dict(models.build(model).named_modules())
+    for native, rows in layout(model).items():
+        assert family.has_bias(native) == (named[rows[0][2]].bias is not None), native
+        assert family.is_matrix(native)
+    for name, has_bias in models.norms(model).items():
+        (span,) = family.native(name)
+        assert family.has_bias(span.module) == has_bias, span.module
+
+
+@pytest.mark.parametrize("model", models.CONFIGS)
 def test_the_widths_that_tell_families_apart_are_those_of_the_models(model):
     known = FAMILIES[models.family_of(model)].columns
     assert {columns for _, columns in modules(model).values()} <= known

@@ -34,12 +34,15 @@ FAMILY_KEY = "loraport.family"
 
 @dataclass(frozen=True)
 class _Source:
-    """One module of the file: its keys by field, and the scale where no alpha tensor tells it."""
+    """One module of the file: its keys by field, and the scale where no alpha tensor tells it. `axes` is how many its
+    factors have, and `weight` the shape of the weight whose rows it has: of a bias, that of its module."""
 
     module: Module
     fields: Mapping[str, str]
     shape: tuple[int, int]
     scale: float | None
+    axes: int
+    weight: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def decode(path: Path, told: Told, hint: str | None = None, family_told: str | N
 def _sources(tensors: Tensors, told: Told, hint: str | None) -> tuple[list[_Source], list[str]]:
     modules, unread = keys.grouped(tensors)
     shapes = tensors.shapes
-    sources: list[_Source] = []
+    sources: dict[str, _Source] = {}
     silent: list[tuple[str, int]] = []
     for prefixed, endings in modules.items():
         fields, rest = fields_of(prefixed, endings, (*keys.MAGNITUDES, keys.DORA_SCALE), tensors.path)
@@ -116,7 +119,10 @@ def _sources(tensors: Tensors, told: Told, hint: str | None) -> tuple[list[_Sour
             scale = 1.0 if rank is None else told(module, rank)
             if scale is None and rank is not None:
                 silent.append((prefixed, rank))
-        sources.append(_Source(module, fields, shape, scale))
+        if fields.get("diff", "").endswith(keys.PEFT_BIAS):
+            scale = _scale_of_lora(prefixed.removesuffix(keys.BIAS), modules, tensors, told)
+        axes = max(len(size) for size in sizes.values())
+        sources[prefixed] = _Source(module, fields, shape, scale, axes, shape)
     if silent:
         ranks = ", ".join(map(str, sorted({rank for _, rank in silent})))
         raise UnknownScale(
@@ -125,7 +131,22 @@ def _sources(tensors: Tensors, told: Told, hint: str | None) -> tuple[list[_Sour
             hint=f"{hint + ' Or give' if hint else 'Give'} the alpha it was trained with (--alpha N), or say that it "
             "was the rank (--assume-alpha rank).",
         )
-    return sources, unread
+    for prefixed in [each for each in sources if each.endswith(keys.BIAS)]:
+        owner = sources.get(prefixed.removesuffix(keys.BIAS))
+        sources[prefixed] = replace(sources[prefixed], weight=owner.shape if owner else None)
+    return list(sources.values()), unread
+
+
+def _scale_of_lora(prefixed: str, modules: Mapping[str, Mapping[str, str]], tensors: Tensors, told: Told) -> float:
+    """The scale of the LoRA that a bias of PEFT's belongs to. Raises DataError where there is none, or a DoRA."""
+    fields, _ = fields_of(prefixed, modules.get(prefixed, {}), keys.MAGNITUDES, tensors.path)
+    if "down" not in fields or "magnitude" in fields:
+        what = "a DoRA, which scales it by norms of the base weights" if "magnitude" in fields else "missing"
+        raise DataError(f"{tensors.path}: the LoRA that {prefixed}{keys.PEFT_BIAS} belongs to is {what}.")
+    rank = tensors.shapes[fields["down"]][0]
+    if "alpha" in fields and rank:
+        return float(tensors[fields["alpha"]].reshape(())) / rank
+    return told(keys.parse(prefixed), rank) or 1.0  # where nothing tells it, the LoRA itself is refused
 
 
 def _family(tensors: Tensors, sources: list[_Source], said: str | None) -> ModuleMap | None:
@@ -138,10 +159,13 @@ def _family(tensors: Tensors, sources: list[_Source], said: str | None) -> Modul
         return FAMILIES[told]
     if said is not None:
         return FAMILIES[said]
-    shapes = {(each.module.name, each.module.flat): each.shape for each in sources if each.module.part == MODEL}
+    models = [each for each in sources if each.module.part == MODEL]
+    # Biases and norms have no width that would tell models apart.
+    matrices = [each for each in models if each.axes > 1] or models
+    shapes = {(each.module.name, each.module.flat): each.shape for each in matrices}
     if shapes:
         family = detect_family(shapes)
-        flat = next((name for name, flat in shapes if flat), None)
+        flat = next((each.module.name for each in models if each.module.flat), None)
         if family is None and flat is not None:
             raise DataError(
                 f"{tensors.path} has underscores for dots in its names, such as {flat}, and those of no family that "
@@ -159,21 +183,46 @@ def _spans(family: ModuleMap | None, source: _Source) -> tuple[Span, ...] | None
     module = source.module
     if module.part == NAMED:
         return (Span(module.name, 0, 1, 1),)
-    if module.part == MODEL:
-        return family.native(module.name, source.shape, module.flat) if family else (Span(module.name, 0, 1, 1),)
-    encoder = _text_encoder(family, module)
-    return None if encoder is None else (Span(encoder, 0, 1, 1),)
+    if module.part == MODEL and family is None:
+        return (Span(module.name, 0, 1, 1),)
+    encoder = None if module.part == MODEL else _text_encoder(family, module)
+    names = family if module.part == MODEL else ENCODERS["t5" if encoder and encoder.startswith("t5") else "clip"]
+    if names is None or (module.part != MODEL and encoder is None):
+        return None
+    spans = names.native(module.name, source.weight, module.flat)
+    if spans is None:
+        return None
+    _check_parameter(names, source, spans)
+    start = f"{keys.TEXT_ENCODERS}{encoder}.transformer." if encoder else ""
+    return tuple(replace(span, module=start + span.module) for span in spans)
+
+
+def _check_parameter(names: ModuleMap, source: _Source, spans: tuple[Span, ...]) -> None:
+    """Raise DataError for a change of a parameter that the model does not have, or has in another form."""
+    key, name = next(iter(source.fields.values())), spans[0].module
+    if name.endswith(keys.BIAS):
+        if not names.has_bias(name.removesuffix(keys.BIAS)):
+            raise DataError(
+                f"{key} changes a bias, and {name.removesuffix(keys.BIAS)} has none in {names.name}.",
+                hint="ComfyUI leaves it out without a word. Without it the file converts; train without biases.",
+            )
+        module = source.module
+        if source.weight is None and len({names.native(module.name, (2, n), module.flat) for n in (1, 2)}) > 1:
+            raise DataError(f"{key} changes a bias whose order of rows only the change of its weight would tell.")
+    elif names.is_matrix(name):
+        if source.axes < 2:
+            raise DataError(f"{key} has one axis, and {name} of {names.name} is a matrix.")
+    elif not any(field == "diff" or field.endswith(keys.SET) for field in source.fields):
+        raise DataError(f"{key}: {name} of {names.name} is no matrix; only a whole change fits.")
 
 
 def _text_encoder(family: ModuleMap | None, module: Module) -> str | None:
-    """The canonical name of a text encoder's module, None where the family has no such encoder."""
+    """ComfyUI's name of the text encoder that a module is of, None where the family has no such encoder."""
     if family is None or not family.encoders:
         return None
     number = int(module.part.removeprefix("te"))
     # FLUX.1 has two encoders, and sd-scripts calls the second the third.
-    encoder = family.encoders[min(number, len(family.encoders)) - 1]
-    spans = ENCODERS["t5" if encoder.startswith("t5") else "clip"].native(module.name, None, module.flat)
-    return None if spans is None else f"{keys.TEXT_ENCODERS}{encoder}.transformer.{spans[0].module}"
+    return family.encoders[min(number, len(family.encoders)) - 1]
 
 
 def _build(name: str, moves: list[_Move], tensors: Tensors) -> LoraModule:

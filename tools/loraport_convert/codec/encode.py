@@ -14,6 +14,12 @@ from loraport_convert.dtypes import cast
 _LETTERS = {"loha": "hada", "lokr": "lokr"}
 
 
+def spelled(prefixed: str, ending: str) -> str:
+    """The key of a tensor of a module, by the module's name in a file: the change of a bias stands with its module."""
+    owner = prefixed.removesuffix(keys.BIAS)
+    return owner + keys.DIFF_BIAS if owner != prefixed and ending == keys.DIFF else prefixed + ending
+
+
 def narrow(module: LoraModule, dtype: str | None) -> dict[str, Array]:
     """The factors of a module in `dtype`, or each in its own."""
     arrays = module.factors.arrays()

@@ -50,8 +50,11 @@ def fields_of(
 
 def _kind(endings: Mapping[str, str]) -> dict[str, str]:
     """Field → ending of the factors."""
-    if keys.DIFF in endings:
-        return {"diff": keys.DIFF}
+    if keys.SET in endings:
+        return {"verbatim" + keys.SET: keys.SET}
+    whole = (*keys.WHOLE, keys.DIFF_BIAS, keys.NORM_BIAS, keys.PEFT_BIAS, keys.DIFF_MODULATION)
+    if found := next((end for end in whole if end in endings), None):
+        return {"diff": found}
     if lokr := {f"lokr.{name}": end for end, name in keys.LOKR.items() if end in endings}:
         return lokr
     if any(end in endings for end in keys.LOHA):
@@ -62,10 +65,10 @@ def _kind(endings: Mapping[str, str]) -> dict[str, str]:
     if any(end in endings for end in keys.GLORA):
         return {"verbatim" + end: end for end in keys.GLORA}
     pairs = (pair for pair in keys.LOW_RANK if pair[0] in endings or pair[1] in endings)
-    found = next(({"up": up, "down": down} for up, down in pairs), {})
-    if keys.MID in endings and found.get("up") == keys.LOW_RANK[0][0]:
-        found["mid"] = keys.MID
-    return found
+    pair = next(({"up": up, "down": down} for up, down in pairs), {})
+    if keys.MID in endings and pair.get("up") == keys.LOW_RANK[0][0]:
+        pair["mid"] = keys.MID
+    return pair
 
 
 def dora_of(magnitude: Array, ending: str, rows: int, columns: int) -> RowScale | ColumnScale | None:

@@ -21,6 +21,16 @@ LOHA_CORES = {f".hada_{name}": name for name in ("t1", "t2")}
 MID = ".lora_mid.weight"  #: the core of a Tucker convolution, which belongs to the first pair of `LOW_RANK`
 LOKR = {f".lokr_{name}": name for name in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")}
 ALPHA, DORA_SCALE, DIFF = ".alpha", ".dora_scale", ".diff"
+#: A weight itself, which takes the place of the model's.
+SET = ".set_weight"
+#: Changes of whole weights: LyCORIS' of modules and of norms.
+WHOLE = (DIFF, ".w_norm")
+#: What changes a bias, as a module of its own: `<module>.bias`. PEFT multiplies its own by the LoRA's scale.
+BIAS, PEFT_BIAS, NORM_BIAS = ".bias", ".lora_B.bias", ".b_norm"
+DIFF_BIAS = ".diff_b"
+#: The change of a parameter that is no module's weight, which Wan's distilled LoRAs have: `<block>.modulation`.
+MODULATION, DIFF_MODULATION = ".modulation", ".diff_m"
+_OF_ANOTHER = {DIFF_BIAS: BIAS, NORM_BIAS: BIAS, PEFT_BIAS: BIAS, DIFF_MODULATION: MODULATION}
 #: PEFT's magnitude of a DoRA.
 MAGNITUDES = (".lora_magnitude_vector.default.weight", ".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 #: Kinds whose change is made from the base weight, and their endings: they are kept as they are, never multiplied out.
@@ -33,11 +43,6 @@ UNSUPPORTED = {
     ".oft_diag": "an OFT of an early sd-scripts, which ComfyUI does not read",
     ".lora_embedding_A": "a LoRA of an embedding, for which ComfyUI has no form",
     ".lora_embedding_B": "a LoRA of an embedding, for which ComfyUI has no form",
-    ".lora_B.bias": "a trained bias; train with lora_bias off",
-    ".set_weight": "it replaces a weight instead of changing it; load it as it is",
-    ".w_norm": "a trained norm, of which LoraPort knows no names; train with train_norm off",
-    ".b_norm": "a trained norm, of which LoraPort knows no names; train with train_norm off",
-    ".diff_b": "a trained bias; load it as it is",
     **{f".oft_{name}": "an OFT of PEFT's, which ComfyUI does not read" for name in ("R.weight", "R", "r", "s")},
     **{f".boft_{name}": "a BOFT of PEFT's, which ComfyUI does not read" for name in ("R", "s")},
     ".bm.weight": "a GLoRA with a middle factor, which ComfyUI does not read",
@@ -48,7 +53,9 @@ UNSUPPORTED = {
     ".vera_lambda_b": "a VeRA, which ComfyUI does not read",
     ".vera_lambda_d": "a VeRA, which ComfyUI does not read",
 }
-_ALONE = (ALPHA, DORA_SCALE, DIFF, MID, OFT, RESCALE)
+#: Endings of what alpha means nothing for.
+UNSCALED = frozenset((*WHOLE, SET, *_OF_ANOTHER))
+_ALONE = (ALPHA, DORA_SCALE, *WHOLE, SET, *_OF_ANOTHER, MID, OFT, RESCALE)
 ENDINGS = frozenset(
     [*(end for pair in LOW_RANK for end in pair), *LOHA, *LOHA_CORES, *LOKR, *_ALONE, *GLORA, *MAGNITUDES, *UNSUPPORTED]
 )
@@ -95,7 +102,12 @@ class Module:
 
 
 def split(key: str) -> tuple[str, str] | None:
-    """(module with its prefix, ending) of a key, None where the ending means nothing."""
+    """(module with its prefix, ending) of a key, None where the ending means nothing. A bias is a module of its own."""
+    parts = _split(key)
+    return None if parts is None else (parts[0] + _OF_ANOTHER.get(parts[1], ""), parts[1])
+
+
+def _split(key: str) -> tuple[str, str] | None:
     found, dot = -1, len(key)
     for _ in range(_MOST_DOTS):
         dot = key.rfind(".", 0, dot)

@@ -170,6 +170,8 @@ def _place(pieces: Sequence[tuple[int, int, Array]], rows: int, columns: int | N
     """Zeros with arrays in them, each from its (row, column) on; `columns` is left out where they are as wide."""
     dtype = _common_dtype([array for _, _, array in pieces])
     shape = pieces[0][2].shape
+    if len(shape) == 1:  # biases
+        return _place([(row, column, array[:, None]) for row, column, array in pieces], rows)[:, 0]
     placed = np.zeros((rows, shape[1] if columns is None else columns, *shape[2:]), dtype)
     for row, column, array in pieces:
         placed[row : row + array.shape[0], column : column + array.shape[1]] = array

@@ -15,11 +15,18 @@ import numpy as np
 from loraport.errors import DataError
 from loraport.files import atomic_path, write_atomic
 from loraport.lora.canonical import Array, ColumnScale, LoraFile, LoraModule, LowRank, RowScale
-from loraport.lora.stacked import NotExact, Part
+from loraport.lora.stacked import Full, NotExact, Part
 from loraport.lora.streaming import replace_metadata, stream_tensors
 from loraport_convert.codec import keys
 from loraport_convert.codec.decode import FAMILY_KEY
-from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors, narrow, without_core
+from loraport_convert.codec.encode import (
+    dora_shaped,
+    low_rank_tensors,
+    lycoris_tensors,
+    narrow,
+    spelled,
+    without_core,
+)
 from loraport_convert.codec.rows import cut, fuse, scaled, without_idle_rank
 from loraport_convert.codec.scale import ADAPTER_METADATA
 from loraport_convert.families import FAMILIES
@@ -79,10 +86,11 @@ def write_kohya(lora: LoraFile, path: Path, dtype: str | None, metadata: Mapping
         modules = _in_diffusers(lora, family) if family.name == "sd15" else _by_part(lora, family)
         for part, name, module in modules:
             prefix = "lora_unet_" if part == keys.MODEL else _kohya_encoder(family, part)
-            flat = prefix + name.replace(".", "_")
+            owner = name.removesuffix(keys.BIAS)
+            flat = prefix + owner.replace(".", "_") + name[len(owner) :]
             tensors = low_rank_tensors(module, dtype, ".lora_up.weight", ".lora_down.weight")
             for ending, array in (tensors or lycoris_tensors(module, dtype, "kohya's layout")).items():
-                yield flat + ending, array
+                yield spelled(flat, ending), array
             if module.dora is not None:
                 yield flat + keys.DORA_SCALE, dora_shaped(_magnitude(module), module.dora)
 
@@ -111,7 +119,7 @@ def write_ai_toolkit(lora: LoraFile, path: Path, dtype: str | None, metadata: Ma
             else:
                 written = lycoris_tensors(module, dtype, "ai-toolkit's layout")
             for ending, array in written.items():
-                yield f"{prefix}{name}{ending}", array
+                yield spelled(f"{prefix}{name}", ending), array
 
     with atomic_path(path) as draft:
         stream_tensors(draft, tensors(), {})
@@ -228,6 +236,13 @@ def _is_zero(module: LoraModule) -> bool:
 
 
 def _peft_tensors(module: LoraModule, dtype: str | None) -> dict[str, Array]:
+    if isinstance(module.factors, Full) and (module.factors.diff.ndim == 1 or module.factors.shape[0] == 1):
+        raise NotExact(
+            f"{module.name} is a bias, a norm or another parameter that is changed as a whole; this layout holds "
+            "changes of matrices alone.",
+            module=module.name,
+            hint="Write it for ComfyUI or kohya, or leave it out with --only.",
+        )
     if not isinstance(module.factors, LowRank):
         raise NotExact(
             f"LoRA module {module.name} is a {module.factors.kind}, which this layout cannot hold.",

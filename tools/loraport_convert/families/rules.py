@@ -9,16 +9,20 @@ the other, and `*4` for four times as many rows as the others:
     native ~ diffusers        the two halves of the rows change places
     native ~2 diffusers       so only where the module has twice as many rows as columns
     native <- other           another name for it, that is read and never written (`<-~` with halves changing places)
+
+A module's bias has its module's rows, and its name with `.bias` after it. Norms and other parameters that are no
+matrices have a table of their own.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 
+_BIAS = ".bias"
 _NUMBER = {
     separator: re.compile(rf"(?<={re.escape(separator)})(\d+|#)(?={re.escape(separator)}|$)") for separator in "._"
 }
@@ -80,7 +84,8 @@ class ModuleMap:
 
     `columns` are the input widths that modules of its models have, and `depths` the numbers of layers in each native
     stack, over all models of the family: they tell families with the same names apart. `encoders` are ComfyUI's names
-    of the text encoders, first to last.
+    of the text encoders, first to last. `parameters` is the table of what is no matrix; a native name is that of the
+    parameter but for its `.weight`. `unbiased` matches the native names of modules without a bias.
     """
 
     name: str
@@ -89,26 +94,27 @@ class ModuleMap:
     depths: Mapping[str, frozenset[int]]
     root: str = "transformer"
     encoders: tuple[str, ...] = ()
+    parameters: str = ""
+    unbiased: str = ""
 
     def native(self, name: str, shape: Shape | None = None, flat: bool = False) -> tuple[Span, ...] | None:
         """Where the rows of a module lie in the native modules, in the order of its rows; None for an unknown name.
 
         `flat` names have underscores for dots. `shape` is needed where a rule asks for it.
         """
-        index = self._flat if flat else self._dotted
-        skeleton, numbers = _skeleton(name, "_" if flat else ".")
-        for entry in index.get(skeleton, ()):
-            if (layers := entry.match(numbers)) is not None:
-                return _spans(entry, layers, shape)
-        return None
+        return _found(self._flat if flat else self._dotted, name, shape, "_" if flat else ".")
 
     def diffusers(self, name: str, shape: Shape | None = None) -> tuple[Span, ...] | None:
         """Where the rows of a native module lie in diffusers' modules, in the order of its rows."""
-        skeleton, numbers = _skeleton(name, ".")
-        for entry in self._written.get(skeleton, ()):
-            if (layers := entry.match(numbers)) is not None:
-                return _spans(entry, layers, shape)
-        return None
+        return _found(self._written, name, shape, ".")
+
+    def is_matrix(self, native: str) -> bool:
+        """Whether a native name is that of a Linear or a convolution of this family."""
+        return _found(self._matrices, native, None, ".") is not None and not native.endswith(_BIAS)
+
+    def has_bias(self, native: str) -> bool:
+        """Whether the module of this native name has a bias."""
+        return re.fullmatch(self.unbiased, native) is None
 
     def patterns(self) -> Iterator[tuple[str, str]]:
         """Every (native, diffusers) pair of patterns that is written, for tests and tools."""
@@ -118,11 +124,14 @@ class ModuleMap:
 
     @cached_property
     def _rules(self) -> tuple[tuple[_Side, str, _Side], ...]:
-        rules = []
-        for line in filter(None, map(str.strip, self.table.splitlines())):
-            native, operator, source = line.split() if " " in line else (line, "=", line)
-            rules.append((_Side.parse(native), operator, _Side.parse(source)))
-        return tuple(rules)
+        return _parsed(f"{self.table}\n{self.parameters}")
+
+    @cached_property
+    def _matrices(self) -> dict[str, list[_Entry]]:
+        index: dict[str, list[_Entry]] = {}
+        for native, operator, source in _parsed(self.table):
+            _add(index, native, source, operator, ".")
+        return index
 
     @cached_property
     def _dotted(self) -> dict[str, list[_Entry]]:
@@ -149,6 +158,24 @@ class ModuleMap:
         for native, operator, source in self._rules:
             _add(index, source, native, operator, separator)
         return index
+
+
+def _parsed(table: str) -> tuple[tuple[_Side, str, _Side], ...]:
+    rules = []
+    for line in filter(None, map(str.strip, table.splitlines())):
+        native, operator, source = line.split() if " " in line else (line, "=", line)
+        rules.append((_Side.parse(native), operator, _Side.parse(source)))
+    return tuple(rules)
+
+
+def _found(index: dict[str, list[_Entry]], name: str, shape: Shape | None, separator: str) -> tuple[Span, ...] | None:
+    owner = name.removesuffix(_BIAS)
+    skeleton, numbers = _skeleton(owner.replace(".", separator), separator)
+    for entry in index.get(skeleton, ()):
+        if (layers := entry.match(numbers)) is not None:
+            spans = _spans(entry, layers, shape)
+            return spans if owner == name else tuple(replace(span, module=span.module + _BIAS) for span in spans)
+    return None
 
 
 def _add(index: dict[str, list[_Entry]], own: _Side, other: _Side, operator: str, separator: str) -> None:

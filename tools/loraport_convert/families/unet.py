@@ -21,6 +21,8 @@ _TRANSFORMER = ["proj_in", "proj_out"] + [
         "ff.net.2",
     )
 ]
+_NORMS = {"in_layers.0": "norm1", "out_layers.0": "norm2"}
+_TRANSFORMER_NORMS = ("norm", *(f"transformer_blocks.#.norm{number}" for number in (1, 2, 3)))
 _ENDS = {
     "input_blocks.0.0": "conv_in",
     "out.2": "conv_out",
@@ -35,6 +37,21 @@ def unet_table(attention: Sequence[bool], added: bool) -> str:
     """The rules of a U-Net whose stages on the way down have `attention` or not, the way up being its mirror image.
     `added` says that it is told sizes besides the text, as SDXL is."""
     return "\n".join(_rules(attention, added))
+
+
+def unet_norms(attention: Sequence[bool]) -> str:
+    """The rules of its norms."""
+    rules = list(_rules(attention, added=False))
+    lines = ["out.0 = conv_norm_out"]
+    for rule in rules:
+        native, _, source = rule.partition(" = ")
+        if native.endswith(".in_layers.2"):
+            one, other = native.removesuffix(".in_layers.2"), source.removesuffix(".conv1")
+            lines += [f"{one}.{mine} = {other}.{theirs}" for mine, theirs in _NORMS.items()]
+        elif native.endswith(".proj_in"):
+            one, other = native.removesuffix(".proj_in"), source.removesuffix(".proj_in")
+            lines += [f"{one}.{norm} = {other}.{norm}" for norm in _TRANSFORMER_NORMS]
+    return "\n".join(lines)
 
 
 def _rules(attention: Sequence[bool], added: bool) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""total += left · right in one pass over memory, as an operator that the compiler takes as it is.
+"""total += left · right + others in one pass over memory, as an operator that the compiler takes as it is.
 
 The compiler would make a matrix of the product first. On CUDA the narrow products of a LoRA are a Triton kernel: they
 are bound by memory, and cuBLAS, whose tiles are made for long sums, took half as long again on an H200
@@ -7,36 +7,40 @@ are bound by memory, and cuBLAS, whose tiles are made for long sums, took half a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 _WIDEST = 64  #: rank from which on the product is bound by arithmetic, which cuBLAS is better at
 _LIBRARY = torch.library.Library("loraport", "DEF")
 _LIBRARY.define(
-    "add_product_(Tensor(a!) total, Tensor left, Tensor right) -> ()",
+    "add_product_(Tensor(a!) total, Tensor left, Tensor right, Tensor[] others) -> ()",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (M, N) += left (M, K) · right (K, N)."""
-    torch.ops.loraport.add_product_(total, left, right)
+def add_product_(total: Tensor, left: Tensor, right: Tensor, others: Sequence[Tensor] = ()) -> None:
+    """total (M, N) += left (M, K) · right (K, N) + the sum of others, each (M, N)."""
+    torch.ops.loraport.add_product_(total, left, right, list(others))
 
 
-def _anywhere(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _anywhere(total: Tensor, left: Tensor, right: Tensor, others: list[Tensor]) -> None:
     total.addmm_(left, right)
+    for other in others:
+        total.add_(other)
 
 
-def _on_cuda(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.shape[1] > _WIDEST or total.dtype not in (torch.bfloat16, torch.float16):
-        total.addmm_(left, right)
+def _on_cuda(total: Tensor, left: Tensor, right: Tensor, others: list[Tensor]) -> None:
+    if left.shape[1] > _WIDEST or len(others) > 1 or total.dtype not in (torch.bfloat16, torch.float16):
+        _anywhere(total, left, right, others)
         return
     from loraport_native.add_product_kernel import launch
 
-    launch(total, left, right)
+    launch(total, left, right, *others)
 
 
-def _shapes_only(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _shapes_only(total: Tensor, left: Tensor, right: Tensor, others: list[Tensor]) -> None:
     pass
 
 

@@ -9,12 +9,14 @@ from torch import Tensor
 _ROWS, _COLUMNS, _RANK = 64, 128, 32
 
 
-def launch(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (M, N) += left (M, K) · right (K, N), on the current CUDA device and stream."""
+def launch(total: Tensor, left: Tensor, right: Tensor, other: Tensor | None = None) -> None:
+    """total (M, N) += left (M, K) · right (K, N) + other (M, N), on the current CUDA device and stream."""
     (rows, columns), rank = total.shape, left.shape[1]
     grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
     strides = (*total.stride(), *left.stride(), *right.stride())
-    _add_product[grid](total, left, right, rows, columns, rank, *strides, _ROWS, _COLUMNS, _RANK, num_warps=4)
+    beside = total if other is None else other  # not read when there is none
+    sizes = (rows, columns, rank, *strides, *beside.stride())
+    _add_product[grid](total, left, right, beside, *sizes, other is not None, _ROWS, _COLUMNS, _RANK, num_warps=4)
 
 
 @triton.jit
@@ -22,6 +24,7 @@ def _add_product(  # type: ignore[no-untyped-def]
     total,
     left,
     right,
+    other,
     rows,
     columns,
     rank,
@@ -31,6 +34,9 @@ def _add_product(  # type: ignore[no-untyped-def]
     left_column,
     right_row,
     right_column,
+    other_row,
+    other_column,
+    HAS_OTHER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
@@ -47,4 +53,6 @@ def _add_product(  # type: ignore[no-untyped-def]
     place = total + row * total_row + column * total_column
     inside = (row < rows) & (column < columns)
     so_far = tl.load(place, inside, 0.0).to(tl.float32)
+    if HAS_OTHER:
+        so_far += tl.load(other + row * other_row + column * other_column, inside, 0.0).to(tl.float32)
     tl.store(place, (so_far + product).to(total.dtype.element_ty), inside)

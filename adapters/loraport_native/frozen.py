@@ -16,7 +16,8 @@ A weight is a kind and its stored tensors:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,18 +41,31 @@ def frozen_linear(x: Tensor, kind: str, stored: tuple[Tensor, ...]) -> Tensor:
     return result.unflatten(0, x.shape[:-1])
 
 
-def adapted_linear(x: Tensor, down: Tensor, up: Tensor, scale: float, kind: str, stored: tuple[Tensor, ...]) -> Tensor:
-    """x·Wᵀ + scale·(x·downᵀ)·upᵀ for a LoRA of factors down (rank, in) and up (out, rank).
+class Adapted(NamedTuple):
+    """A frozen weight and the LoRA on it: x·Wᵀ + scale·(x·downᵀ)·upᵀ, down (rank, in) and up (out, rank)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    kind: str
+    stored: tuple[Tensor, ...]
+
+
+def adapted_linears(x: Tensor, *layers: Adapted) -> tuple[Tensor, ...]:
+    """Each layer's result for the same x (…, in).
 
     The LoRA's part is added by the matrix product itself, to the result and to the gradient in place: as a tensor of
-    its own it would cross the device's memory three more times.
+    its own it would cross the device's memory three more times. Layers that share their input read it once for all
+    their LoRAs, and sum its gradient where the LoRAs' part is added.
     """
     rows = x.flatten(0, -2)
     if torch.is_grad_enabled():
-        result = _Adapted.apply(rows, down, up, scale, kind, *stored)
+        plans = tuple((layer.scale, layer.kind, 2 + len(layer.stored)) for layer in layers)
+        tensors = (tensor for layer in layers for tensor in (layer.down, layer.up, *layer.stored))
+        results = _Adapted.apply(rows, plans, *tensors)
     else:
-        result, _ = _adapted(rows, down, up, scale, kind, stored)
-    return result.unflatten(0, x.shape[:-1])
+        results, _ = _adapted(rows, layers)
+    return tuple(result.unflatten(0, x.shape[:-1]) for result in results)
 
 
 class _Frozen(torch.autograd.Function):
@@ -67,35 +81,63 @@ class _Frozen(torch.autograd.Function):
         return PRODUCTS[ctx.kind][1](gradient, *stored), None, *(None for _ in stored)
 
 
-def _adapted(
-    x: Tensor, down: Tensor, up: Tensor, scale: float, kind: str, stored: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    """The result for x (M, in), and scale·x·downᵀ (M, rank)."""
-    result = PRODUCTS[kind][0](x, *stored)
-    inner = _times(x @ down.t(), scale)
-    add_product_(result, inner, up.t())
-    return result, inner
+def _adapted(x: Tensor, layers: Sequence[Adapted]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The results for x (M, in), and the layers' scale·x·downᵀ (M, rank) side by side."""
+    inner = x @ _joined([layer.down for layer in layers]).t()
+    inner = _joined([_times(part, layer.scale) for layer, part in _parts(inner, layers)], dim=1)
+    results = tuple(PRODUCTS[layer.kind][0](x, *layer.stored) for layer in layers)
+    for result, (layer, part) in zip(results, _parts(inner, layers), strict=True):
+        add_product_(result, part, layer.up.t())
+    return results, inner
 
 
 class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, down: Tensor, up: Tensor, scale: float, kind: str, *stored: Tensor
-    ) -> Tensor:
-        result, inner = _adapted(x, down, up, scale, kind, stored)
-        ctx.save_for_backward(x, inner, down, up, *stored)
-        ctx.scale, ctx.kind = scale, kind
-        return result
+        ctx, x: Tensor, plans: tuple[tuple[float, str, int], ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        results, inner = _adapted(x, _layers(plans, tensors))
+        ctx.save_for_backward(x, inner, *tensors)
+        ctx.plans = plans
+        return results
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        x, inner, down, up, *stored = ctx.saved_tensors
-        outer = _times(gradient @ up, ctx.scale)
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        x, inner, *tensors = ctx.saved_tensors
+        layers = _layers(ctx.plans, tensors)
+        outer = _joined(
+            [_times(gradient @ layer.up, layer.scale) for gradient, layer in zip(gradients, layers, strict=True)], dim=1
+        )
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = PRODUCTS[ctx.kind][1](gradient, *stored)
-            add_product_(to_x, outer, down)
-        return to_x, outer.t() @ x, gradient.t() @ inner, None, None, *(None for _ in stored)
+            to_x, *others = (
+                PRODUCTS[layer.kind][1](gradient, *layer.stored)
+                for gradient, layer in zip(gradients, layers, strict=True)
+            )
+            add_product_(to_x, outer, _joined([layer.down for layer in layers]), others)
+        to_tensors: list[Tensor | None] = []
+        to_downs = _parts((outer.t() @ x).t(), layers)
+        for gradient, (layer, to_down), (_, part) in zip(gradients, to_downs, _parts(inner, layers), strict=True):
+            to_tensors += [to_down.t(), gradient.t() @ part, *(None for _ in layer.stored)]
+        return to_x, None, *to_tensors
+
+
+def _layers(plans: tuple[tuple[float, str, int], ...], tensors: Sequence[Tensor]) -> list[Adapted]:
+    layers, start = [], 0
+    for scale, kind, count in plans:
+        down, up, *stored = tensors[start : start + count]
+        layers.append(Adapted(down, up, scale, kind, tuple(stored)))
+        start += count
+    return layers
+
+
+def _parts(side_by_side: Tensor, layers: Sequence[Adapted]) -> list[tuple[Adapted, Tensor]]:
+    """Each layer with its (…, rank) of (…, sum of the ranks)."""
+    return list(zip(layers, side_by_side.split([len(layer.down) for layer in layers], dim=-1), strict=True))
+
+
+def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _times(values: Tensor, scale: float) -> Tensor:

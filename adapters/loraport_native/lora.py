@@ -22,7 +22,7 @@ from loraport.families import matches
 from loraport.lora.storage import write_tensors
 from loraport.spec.models import LoraSection
 from loraport_native.dialect import FORMAT
-from loraport_native.frozen import adapted_linear
+from loraport_native.frozen import Adapted, adapted_linears
 from loraport_native.quantize import StoredLinear
 
 #: Names of the trained tensors in the state, by the ending of the library's parameter name.
@@ -104,13 +104,19 @@ def _fused_layer() -> type[nn.Module]:
     from peft.tuners.lora import Linear
 
     class FusedLora(Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        @property
+        def adapted(self) -> Adapted:
+            """Weight and LoRA without the bias: what layers of one input are computed together by."""
             base: Any = self.base_layer
             down: Any = self.lora_A["default"].weight
             up: Any = self.lora_B["default"].weight
             kind, stored = (base.kind, base.stored) if isinstance(base, StoredLinear) else ("plain", (base.weight,))
-            result = adapted_linear(x, down, up, self.scaling["default"], kind, stored)
-            return result if base.bias is None else result + base.bias
+            return Adapted(down, up, self.scaling["default"], kind, stored)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            (result,) = adapted_linears(x, self.adapted)
+            bias: Any = self.base_layer.bias
+            return result if bias is None else result + bias
 
     return FusedLora
 

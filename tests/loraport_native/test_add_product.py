@@ -36,6 +36,16 @@ def test_the_product_is_added_in_place(size: tuple[int, int, int], dtype: torch.
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_lies_beside_is_added_as_well(count: int, device: str) -> None:
+    total, left, up = factors((129, 257, 33), device, torch.bfloat16)
+    others = [factors((257, 129, 1), device, torch.bfloat16)[0].t() for _ in range(count)]
+    expected = total.double() + left.double() @ up.double().t() + sum(other.double() for other in others)
+    add_product_(total, left, up.t(), others)
+    torch.testing.assert_close(total.double(), expected, rtol=3e-2, atol=0.2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_factors_and_total_may_be_views_of_any_strides(device: str) -> None:
     total, left, up = factors((70, 90, 8), device, torch.bfloat16)
     wide = torch.zeros(70, 180, device=device, dtype=torch.bfloat16)
@@ -48,8 +58,9 @@ def test_factors_and_total_may_be_views_of_any_strides(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_operator_is_whole_under_the_compiler(device: str) -> None:
     """Schema, fake tensors and functionalisation, as torch checks an operator of one's own."""
+    total, left, up = factors((8, 16, 4), device, torch.bfloat16)
     torch.library.opcheck(
         torch.ops.loraport.add_product_.default,
-        tuple(tensor if n < 2 else tensor.t() for n, tensor in enumerate(factors((8, 16, 4), device, torch.bfloat16))),
+        (total, left, up.t(), [torch.ones_like(total)]),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )

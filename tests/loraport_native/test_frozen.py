@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loraport_native.frozen import PRODUCTS, adapted_linear, from_bytes, frozen_linear, to_bytes
+from loraport_native.frozen import PRODUCTS, Adapted, adapted_linears, from_bytes, frozen_linear, to_bytes
 from loraport_native.quantize import StoredLinear, stored_linear
 
 CASES: dict[str, tuple[Any, ...]] = {
@@ -89,10 +89,30 @@ def test_a_lora_on_top_gets_the_gradients_of_its_definition(kind: str) -> None:
     )
     upstream = draw(2, 5, 96, seed=7)
     wanted = x @ weight.t() + 0.75 * (x @ down.t()) @ up.t()
-    got = adapted_linear(x, down, up, 0.75, kind, tensors)
+    (got,) = adapted_linears(x, Adapted(down, up, 0.75, kind, tensors))
     close(kind, got, wanted)
     for one, other in zip(*(torch.autograd.grad(r, (x, down, up), upstream) for r in (got, wanted)), strict=True):
         close(kind, one, other)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_layers_of_one_input_give_what_each_gives_by_itself(kind: str) -> None:
+    tensors, _ = stored(kind)
+    x = draw(2, 5, 64).requires_grad_()
+    layers = [
+        Adapted(draw(rank, 64, seed=rank).requires_grad_(), draw(96, rank).requires_grad_(), scale, kind, tensors)
+        for rank, scale in ((4, 0.75), (3, 1.0), (1, 2.0))
+    ]
+    upstream = [draw(2, 5, 96, seed=seed) for seed in range(3)]
+    leaves = [x, *(factor for layer in layers for factor in (layer.down, layer.up))]
+    together = adapted_linears(x, *layers)
+    apart = [adapted_linears(x, layer)[0] for layer in layers]
+    torch.testing.assert_close(together, tuple(apart))
+    torch.testing.assert_close(
+        torch.autograd.grad(together, leaves, upstream), torch.autograd.grad(apart, leaves, upstream)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(adapted_linears(x, *layers), tuple(apart))
 
 
 def test_an_input_that_needs_no_gradient_gets_none_and_costs_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,5 +123,5 @@ def test_an_input_that_needs_no_gradient_gets_none_and_costs_none(monkeypatch: p
 
     monkeypatch.setitem(PRODUCTS, "plain", (PRODUCTS["plain"][0], refuse))
     down, up = draw(4, 64).requires_grad_(), draw(96, 4).requires_grad_()
-    adapted_linear(draw(3, 64), down, up, 1.0, "plain", tensors).sum().backward()
+    adapted_linears(draw(3, 64), Adapted(down, up, 1.0, "plain", tensors))[0].sum().backward()
     assert down.grad is not None

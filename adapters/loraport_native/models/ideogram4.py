@@ -31,6 +31,7 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from loraport_native.frozen import adapted_linears
 from loraport_native.recompute import keeping_attention
 
 Rotation = tuple[Tensor, Tensor]
@@ -121,6 +122,18 @@ def _rotate(heads: Tensor, rotation: Rotation) -> Tensor:
     return heads * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+class GatedMLP(Ideogram4MLP):
+    """diffusers' SwiGLU, whose two products of one input share the work of their LoRAs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run (…, dim) → (…, dim)."""
+        adapted: list[Any] = [getattr(linear, "adapted", None) for linear in (self.w1, self.w3)]
+        if None in adapted:
+            return super().forward(x)
+        gate, up = adapted_linears(x, *adapted)
+        return self.w2(F.silu(gate) * up)
+
+
 class FusedBlock(Ideogram4TransformerBlock):
     """diffusers' block around fused attention; only the construction differs."""
 
@@ -130,7 +143,7 @@ class FusedBlock(Ideogram4TransformerBlock):
         # Not the parent's: it would also make, and randomly fill, the split attention that is never used.
         nn.Module.__init__(self)
         self.attention = FusedAttention(hidden_size, num_heads)  # type: ignore[assignment]
-        self.feed_forward = Ideogram4MLP(hidden_size, intermediate_size)
+        self.feed_forward = GatedMLP(hidden_size, intermediate_size)
         self.attention_norm1 = RMSNorm(hidden_size, eps=norm_eps)
         self.ffn_norm1 = RMSNorm(hidden_size, eps=norm_eps)
         self.attention_norm2 = RMSNorm(hidden_size, eps=norm_eps)

@@ -51,8 +51,10 @@ FORWARD_WORK = {False: 13.0, True: 4.3}
 FORWARD = 13.0  #: states at the fullest moment of a block's pass without gradients
 WIDENED = {False: 1, True: 4}  #: stored weights, of the largest's size, that are there in model.dtype at once
 #: Full-size maps that the VAE has alive, in its first layer's channels: three to encode (`latents.ALIVE`), three of
-#: twice the channels to decode.
+#: twice the channels to decode. To encode, cuDNN takes two more to work in (measured on an H200 at 768 and 1024 px).
 VAE_ENCODES, VAE_DECODES = 3, 6
+VAE_WORKSPACE = 2
+VAE_SPARE = 1.25  #: how much of its maps' size must be free for an image to be encoded on the card (`latents.SPARE`)
 
 
 def predict(spec: TrainSpec, family: Family, room_gib: float | None = None) -> Footprint | None:
@@ -69,7 +71,7 @@ def predict(spec: TrainSpec, family: Family, room_gib: float | None = None) -> F
         room_gib = min(room_gib, limit)
     text_tokens = longest_caption(spec)
     run = Run(spec, family, dimensions, text_tokens)
-    phases = [run.images(), run.captions(), run.training(room_gib)]
+    phases = [run.images(room_gib), run.captions(), run.training(room_gib)]
     if spec.sample.every:
         phases.append(run.samples())
     assumes = {"text_tokens": text_tokens, "resolution": run.resolution, "batch_size": spec.train.batch_size}
@@ -121,11 +123,16 @@ class Run:
         self.image_tokens = self.resolution**2 // family.side_multiple**2
         self.trained = trained_parameters(spec.lora, dimensions.matched(self.patterns))
 
-    def images(self) -> Phase:
-        """The VAE in float32 and one image's activations; an image that finds no room is encoded on the CPU."""
-        weights = 4 * self.dimensions.vae_parameters
-        activations = 4 * VAE_ENCODES * self.dimensions.vae_channels * self.resolution**2
-        return _phase("encoding images", {"VAE": weights, "activations": activations}, "lower dataset.resolution")
+    def images(self, room_gib: float | None = None) -> Phase:
+        """The VAE in float32, one image's activations, and what cuDNN works in, which is less where there is less room.
+        An image that finds no room is encoded on the CPU."""
+        one_map = 4 * self.dimensions.vae_channels * self.resolution**2
+        terms = {"VAE": 4.0 * self.dimensions.vae_parameters, "libraries": LIBRARIES_GIB * GIB}
+        left = math.inf if room_gib is None else room_gib * GIB - sum(terms.values())
+        if VAE_SPARE * VAE_ENCODES * one_map <= left:
+            terms["activations"] = VAE_ENCODES * one_map
+            terms["workspace"] = min(VAE_WORKSPACE * one_map, left - VAE_ENCODES * one_map)
+        return _phase("encoding images", terms, "lower dataset.resolution")
 
     def captions(self) -> Phase:
         """Two blocks of the text encoder, one in use and one being read, and the projection of its features.

@@ -60,7 +60,7 @@ def measurement(row: Mapping[str, Any], source: str, profiles: Mapping[tuple[str
         batch_size=told["batch"] if "batch" in told else told["batch_size"],
         optimizer=told["optimizer"],
         gpus=told.get("gpus", 1),
-        memory=_memory(told["memory"], profiles),
+        memory=memory_of(row, profiles),
         step_s=row["step_s"]["median"] if "step_s" in row else row["step_s_median"],
         peak_allocated_gib=row["peak_allocated_gib"],
         peak_reserved_gib=row["peak_reserved_gib"],
@@ -68,8 +68,9 @@ def measurement(row: Mapping[str, Any], source: str, profiles: Mapping[tuple[str
     )
 
 
-def _memory(written: Mapping[str, Any], profiles: Mapping[tuple[str, str], Profile]) -> dict[str, Any]:
+def memory_of(row: Mapping[str, Any], profiles: Mapping[tuple[str, str], Profile]) -> dict[str, Any]:
     """The settings of a row's `memory`, which names a profile, spells its fields out, or both."""
+    written = row.get("settings", row)["memory"]
     preset = written.get("profile")
     own = {name: value for name, value in written.items() if name in DEFAULTS and value is not None}
     if isinstance(own.get("gradient_checkpointing"), bool):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 PATCH = 2
 ALIVE = 3  # activations at full resolution that an encoder's block needs: the sum, and a convolution's two ends
+SPARE = 1.25  # of what they take, that an image wants
 PIXELS = 16  # of a token's side: 8 from the VAE, 2 from the patch
 
 
@@ -41,7 +42,7 @@ def encoding_bytes(vae: AutoencoderKLFlux2, width: int, height: int) -> int:
     takes on top it takes where it can.
     """
     channels: int = vae.config["block_out_channels"][0]
-    return int(1.25 * ALIVE * channels * width * height * vae.dtype.itemsize)
+    return int(SPARE * ALIVE * channels * width * height * vae.dtype.itemsize)
 
 
 def _encoded(vae: AutoencoderKLFlux2, pixels: Tensor) -> Tensor:

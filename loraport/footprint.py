@@ -127,11 +127,9 @@ def forecast(
     return Forecast(footprint, card, _fitting_profile(spec, predict, profiles, card))
 
 
-def expected(
-    profile: Profile, backend: Any, profiles: Mapping[tuple[str, str], Profile], resolution: int, rank: int
-) -> Forecast | None:
-    """What a backend predicts for a hardware profile on the card it is for: the default family's official weights,
-    batches of one, captions of the length that is assumed where none are known."""
+def expected(profile: Profile, backend: Any, profiles: Mapping[tuple[str, str], Profile]) -> Forecast | None:
+    """What a backend predicts for a hardware profile on the card and in the training that it is for: the default
+    family's official weights, captions of the length that is assumed where none are known."""
     import os
 
     from loraport.gpu import Card
@@ -144,8 +142,9 @@ def expected(
     content = {
         "name": profile.name,
         "model": {"family": family.name, "checkpoint": family.checkpoint},
-        "dataset": {"path": os.devnull, "resolution": resolution},  # no captions
-        "lora": {"rank": rank},
+        "dataset": {"path": os.devnull, "resolution": profile.shape["resolution"]},  # no captions
+        "lora": {"rank": profile.shape["rank"]},
+        "train": {"batch_size": profile.shape["batch_size"]},
         "memory": {"profile": profile.name},
     }
     spec = resolve_memory(TrainSpec.model_validate(content), profiles)

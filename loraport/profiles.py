@@ -54,6 +54,7 @@ class Profile:
     description: str
     sets: dict[str, Any] = field(default_factory=dict)
     card_gib: int | None = None  #: hardware: memory of the card it is for, GiB
+    fits: dict[str, int] = field(default_factory=dict)  #: hardware: the training it is for, where it is not `SHAPE`
     measured: tuple[Measurement, ...] = ()  #: hardware: trainings with these very settings
 
     def __post_init__(self) -> None:
@@ -67,7 +68,17 @@ class Profile:
                 raise ValueError(f"the {self.kind} profile {self.name} sets memory.{name}, which it cannot")
         if self.kind == "quantize" and set(self.sets) != set(QUANTIZED):
             raise ValueError(f"the quantize profile {self.name} must set {' and '.join(QUANTIZED)}")
+        if self.fits and self.kind != "hardware":
+            raise ValueError(f"fits is for hardware profiles, and {self.name} is one of {self.kind}")
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """The training that a hardware profile is for: each of `SHAPE`."""
+        return SHAPE | self.fits
+
+
+#: What a hardware profile is for unless it says otherwise: `dataset.resolution`, `train.batch_size` and `lora.rank`.
+SHAPE = {"resolution": 1024, "batch_size": 1, "rank": 32}
 
 #: What `memory.profile` says to have the profile of this machine's card.
 AUTO = "auto"
@@ -219,7 +230,7 @@ def _read_profile(kind: ProfileKind, file: Traversable) -> Profile:
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{file} cannot be read: {error}.") from error
     if not isinstance(content, dict):
-        raise SpecError(f"{file}: a profile is a mapping of description, sets and card_gib.")
+        raise SpecError(f"{file}: a profile is a mapping of description, sets, card_gib and fits.")
     for key, value in content.items():
         if key not in _KEYS:
             raise SpecError(unknown(f"{file}:", key, _KEYS))
@@ -229,7 +240,8 @@ def _read_profile(kind: ProfileKind, file: Traversable) -> Profile:
         raise SpecError(f"{file}: description: needed, but not there.")
     name = file.name.rsplit(".", 1)[0]
     try:
-        return Profile(kind, name, content["description"], _sets(content, file), content.get("card_gib"))
+        sets, fits = _sets(content, file), _fits(content, file)
+        return Profile(kind, name, content["description"], sets, content.get("card_gib"), fits)
     except ValueError as error:
         raise error if isinstance(error, SpecError) else SpecError(f"{file}: {error}.") from error
 
@@ -251,6 +263,16 @@ def _sets(content: Mapping[str, Any], file: Traversable) -> dict[str, Any]:
         raise SpecError(f"{file}: sets.{problem['loc'][0]}: {told} (got {problem['input']!r}).") from error
 
 
+def _fits(content: Mapping[str, Any], file: Traversable) -> dict[str, int]:
+    fits: dict[str, int] = content.get("fits", {})
+    for name, value in fits.items():
+        if name not in SHAPE:
+            raise SpecError(unknown(f"{file}: fits:", name, SHAPE))
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise SpecError(f"{file}: fits.{name}: a whole number from 1 up belongs here, not {value!r}.")
+    return fits
+
+
 #: The keys of a profile's file, and what their values are.
-_KEYS: dict[str, type] = {"description": str, "sets": dict, "card_gib": int}
+_KEYS: dict[str, type] = {"description": str, "sets": dict, "card_gib": int, "fits": dict}
 _TYPES = {str: "text", dict: "a mapping", int: "a whole number"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,6 @@ from loraport.cli.options import AsJson
 if TYPE_CHECKING:
     from loraport.footprint import Forecast
     from loraport.profiles import Measurement, Profile
-
-#: What hardware profiles are predicted for.
-_RESOLUTION, _RANK = 1024, 32
 
 
 def add_commands(cli: typer.Typer) -> None:
@@ -30,7 +28,7 @@ def add_commands(cli: typer.Typer) -> None:
         found = sorted(known.values(), key=lambda profile: (profile.kind, profile.card_gib or 0, profile.name))
         backend = plugins().backend(DEFAULT_BACKEND)
         forecasts = {
-            profile.name: expected(profile, backend, known, _RESOLUTION, _RANK)
+            profile.name: expected(profile, backend, known)
             for profile in found
             if profile.kind == "hardware" and profile.card_gib is not None
         }
@@ -88,20 +86,20 @@ def _show_hardware(profiles: list[Profile], forecasts: dict[str, Forecast | None
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("\non")
     for profile in profiles:
-        forecast = forecasts.get(profile.name)
+        forecast, measured = forecasts.get(profile.name), _told(profile)
         table.add_row(
             f"  {profile.name}",
-            f"{profile.description}\n[dim]{_settings(profile)}[/]",
+            f"{profile.description}: {_shape(profile.shape)}\n[dim]{_settings(profile)}[/]",
             "–" if forecast is None else f"{forecast.footprint.peak.gib:.1f}",
-            "\n".join(_gib(row.peak_allocated_gib) for row in profile.measured) or "–",
-            "\n".join(f"{row.step_s:.2f}" for row in profile.measured) or "–",
-            "\n".join(_where(row) for row in profile.measured),
+            "\n".join(_gib(row.peak_allocated_gib) for row in measured) or "–",
+            "\n".join(f"{row.step_s:.2f}" for row in measured) or "–",
+            "\n".join(_where(row, profile) for row in measured),
         )
     console = Console()
     console.print(table, highlight=False)
     console.print(
-        f"The most that torch allocates, at {_RESOLUTION} px, rank {_RANK} and batch 1 where nothing else is said: "
-        "predicted in the fullest phase of a run, measured in its training, at full size with random weights."
+        "The most that torch allocates: predicted in the fullest phase of the run that is named, measured in its "
+        "training where nothing else is said, at full size with random weights."
     )
 
 
@@ -109,7 +107,26 @@ def _gib(measured: float | None) -> str:
     return "–" if measured is None else f"{measured:.1f}"
 
 
-def _where(row: Measurement) -> str:
-    """The card, and the sizes where they are not those of the prediction."""
-    usual = (row.resolution, row.rank, row.batch_size) == (_RESOLUTION, _RANK, 1)
-    return row.card if usual else f"{row.card}, {row.resolution} px, rank {row.rank}, batch {row.batch_size}"
+def _shape(shape: Mapping[str, int]) -> str:
+    return f"{shape['resolution']} px, rank {shape['rank']}, batch {shape['batch_size']}"
+
+
+def _shape_of(row: Measurement) -> dict[str, int]:
+    return {"resolution": row.resolution, "batch_size": row.batch_size, "rank": row.rank}
+
+
+def _told(profile: Profile) -> list[Measurement]:
+    """The newest measurement of each size on each card, those that the profile's own card has no room for left out, and
+    those of the training it is for first."""
+    from loraport.footprint import CONTEXT_GIB
+
+    room = float("inf") if profile.card_gib is None else profile.card_gib - CONTEXT_GIB
+    fitting = [row for row in profile.measured if (row.peak_allocated_gib or 0) <= room]
+    newest = {(row.card, row.gpus, *_shape_of(row).values()): row for row in sorted(fitting, key=lambda row: row.date)}
+    return sorted(newest.values(), key=lambda row: (_shape_of(row) != profile.shape, row.gpus))
+
+
+def _where(row: Measurement, profile: Profile) -> str:
+    """The card, and the sizes where they are not those that the profile is for."""
+    told = f"{row.gpus} × {row.card}" if row.gpus > 1 else row.card
+    return told if _shape_of(row) == profile.shape else f"{told}, {_shape(_shape_of(row))}"

@@ -121,7 +121,16 @@ def test_the_plain_data_hold_every_term_and_the_card() -> None:
     }
 
 
+def test_a_hardware_profile_is_predicted_in_the_training_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TrainSpec] = []
+    backend = Predicting()
+    monkeypatch.setattr(backend, "predict_memory", lambda spec, room: asked.append(spec))
+    profile = Profile("hardware", "8gb", "", fits={"resolution": 768, "batch_size": 2}, card_gib=6)
+    expected(profile, backend, PROFILES)
+    assert (asked[0].dataset.resolution, asked[0].train.batch_size, asked[0].lora.rank) == (768, 2, 32)
+
+
 def test_a_hardware_profile_is_predicted_on_its_own_card() -> None:
-    found = expected(PROFILES["hardware", "24gb"], Predicting(), PROFILES, 1024, 32)
+    found = expected(PROFILES["hardware", "24gb"], Predicting(), PROFILES)
     assert found is not None
     assert (found.footprint.peak.gib, found.footprint.room_gib) == (14.0, 24 - CONTEXT_GIB)

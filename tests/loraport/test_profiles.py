@@ -184,6 +184,9 @@ def test_the_users_own_profiles_are_there_beside_the_built_in_ones(home: Path) -
         ("hardware/a.yaml", "card_gib: 8", "a.yaml: description: needed"),
         ("hardware/a.yaml", "{description: A, card: 8}", "a.yaml: 'card' is not known. Did you mean 'card_gib'?"),
         ("hardware/a.yaml", "{description: A, card_gib: 8 GB}", "a.yaml: card_gib: a whole number belongs here"),
+        ("hardware/a.yaml", "{description: A, fits: {rang: 16}}", "a.yaml: fits: 'rang' is not known."),
+        ("hardware/a.yaml", "{description: A, fits: {rank: 0}}", "a.yaml: fits.rank: a whole number from 1 up"),
+        ("offload/a.yaml", "{description: A, fits: {rank: 8}}", "a.yaml: fits is for hardware profiles"),
         ("hardware/a.yaml", "{description: A, sets: {storage: nf5}}", "a.yaml: sets.storage: input should be"),
         ("hardware/a.yaml", "{description: A, sets: {quantise: nf4}}", "Did you mean 'quantize'?"),
         ("hardware/a.yaml", "{description: A, sets: {quantize: nf5}}", "a.yaml: sets.quantize: 'nf5' is not known."),
@@ -213,11 +216,13 @@ def test_a_broken_profile_of_the_users_is_told_with_its_file_and_key(
 def test_profiles_are_read_from_folders_of_yaml(tmp_path: Path) -> None:
     for kind in ("hardware", "quantize", "offload", "compile"):
         (tmp_path / kind).mkdir()
-    (tmp_path / "hardware" / "mine.yaml").write_text("description: My card\ncard_gib: 6\nsets: {quantize: nf4}\n")
+    (tmp_path / "hardware" / "mine.yaml").write_text(
+        "description: My card\ncard_gib: 6\nfits: {rank: 8}\nsets: {quantize: nf4}\n"
+    )
     (tmp_path / "quantize" / "fp6.yaml").write_text("description: Six bits\nsets: {storage: fp8, compute: model}\n")
     (tmp_path / "offload" / "disk.yaml").write_text("description: On disk\n")
     assert read_profiles(tmp_path) == [
-        Profile("hardware", "mine", "My card", {"quantize": "nf4"}, 6),
+        Profile("hardware", "mine", "My card", {"quantize": "nf4"}, 6, {"rank": 8}),
         Profile("quantize", "fp6", "Six bits", {"storage": "fp8", "compute": "model"}),
         Profile("offload", "disk", "On disk"),
     ]

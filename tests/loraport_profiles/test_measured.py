@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from loraport.footprint import CONTEXT_GIB
 from loraport.plugins import plugins
+from loraport_bench.rows import ROWS
 from loraport_profiles.measured import copied, measurement, measurements, native_rows, settings
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
@@ -58,6 +62,32 @@ def test_a_profile_carries_the_measurements_with_its_settings_and_no_others() ->
     assert any(profile.measured for profile in hardware)
     for profile in hardware:
         assert all(row.memory == settings(profile.sets, PROFILES) for row in profile.measured)
+
+
+HARDWARE = {name: profile for (kind, name), profile in PROFILES.items() if kind == "hardware"}
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_a_preset_was_measured_to_fit_its_card_in_the_training_it_is_for(name: str) -> None:
+    profile = HARDWARE[name]
+    assert profile.card_gib
+    rows = [
+        row
+        for row in profile.measured
+        if {"resolution": row.resolution, "batch_size": row.batch_size, "rank": row.rank} == profile.shape
+    ]
+    if not rows:
+        pytest.skip("not measured yet: loraport bench step --rows preset-" + name)
+    for row in rows:
+        assert row.peak_reserved_gib
+        assert row.peak_reserved_gib + CONTEXT_GIB <= profile.card_gib
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_the_bench_measures_a_preset_in_the_training_it_is_for_on_as_much_as_its_card_has(name: str) -> None:
+    (row,) = [row for row in ROWS if row.memory.get("profile") == name]
+    assert {"resolution": row.resolution, "batch_size": row.batch, "rank": row.rank} == HARDWARE[name].shape
+    assert row.limit_gib == (HARDWARE[name].card_gib or 0) - CONTEXT_GIB
 
 
 def test_a_row_of_the_bench_command_is_read(tmp_path: Path) -> None:

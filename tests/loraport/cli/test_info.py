@@ -45,18 +45,27 @@ def test_a_hardware_profile_stands_beside_what_it_is_predicted_and_was_measured_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "240")
-    profile = next(p for (kind, _), p in plugins().profiles().items() if kind == "hardware" and p.measured)
-    row = profile.measured[0]
+    profile = plugins().profiles()["hardware", "6gb"]
+    (row,) = [row for row in profile.measured if (row.resolution, row.rank, row.batch_size) == (768, 16, 1)]
     out, _ = run("profiles")
     lines = out.splitlines()
     index = next(i for i, line in enumerate(lines) if line.split()[:1] == [profile.name])
     assert f"{row.peak_allocated_gib:.1f}" in lines[index]
     assert f"{row.step_s:.2f}" in lines[index]
     assert row.card in lines[index]
+    assert "768 px, rank 16, batch 1" in lines[index]
     assert all(f"{name}: {value}" in lines[index + 1] for name, value in profile.sets.items())
     (told,) = [p for p in json.loads(run("profiles", "--json")[0]) if p["name"] == profile.name]
-    assert told["measured"][0]["peak_allocated_gib"] == row.peak_allocated_gib
+    assert row.peak_allocated_gib in [each["peak_allocated_gib"] for each in told["measured"]]
     assert f" {told['predicted']['peak_gib']:.1f} " in lines[index]
+
+
+def test_a_measurement_that_the_profiles_own_card_has_no_room_for_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of four takes 18 GiB with the settings of the preset for 16."""
+    monkeypatch.setenv("COLUMNS", "240")
+    sizes = [row.batch_size for row in plugins().profiles()["hardware", "16gb"].measured]
+    assert 4 in sizes
+    assert "batch 4" not in run("profiles")[0]
 
 
 def test_profiles_in_json_are_all_there() -> None:

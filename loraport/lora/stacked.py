@@ -63,21 +63,27 @@ class Verbatim(Factors):
         """What people call it."""
         if ".set_weight" in self.tensors:
             return "replaced weight"
-        blocks = self.tensors.get(".oft_blocks")
-        return "GLoRA" if blocks is None else "BOFT" if blocks.ndim == 4 else "OFT"
+        blocks = self.blocks()
+        return "GLoRA" if not blocks else "BOFT" if blocks[0].ndim == 4 else "OFT"
+
+    def blocks(self) -> list[Array]:
+        """The blocks of an OFT or BOFT in the order of their rows: one tensor, or one for each part of a fused module,
+        as sd-scripts has them."""
+        names = [name for name in self.tensors if name.startswith(".oft_blocks")]
+        return [self.tensors[name] for name in sorted(names, key=lambda name: (len(name), name))]
 
     def problem(self) -> str | None:
-        blocks = self.tensors.get(".oft_blocks")
         empty = next((name for name, array in self.tensors.items() if 0 in array.shape), None)
         if empty is not None:
             return f"{empty} is empty"
         if ".set_weight" in self.tensors:
             return None if self.tensors[".set_weight"].ndim else "the weight is one number"
-        if blocks is None:
+        if not self.blocks():
             flat = next((name for name, array in self.tensors.items() if name != ".alpha" and array.ndim < 2), None)
             return None if flat is None else f"{flat} has fewer than two axes"
-        if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
-            return f"oft_blocks {blocks.shape} are no square blocks"
+        for blocks in self.blocks():
+            if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
+                return f"oft_blocks {blocks.shape} are no square blocks"
         if blocks.ndim == 3 and ".rescale" in self.tensors:
             return "an OFT with a trained rescale, which ComfyUI leaves out without a word"
         constraint = self.tensors.get(".alpha")
@@ -94,9 +100,8 @@ class Verbatim(Factors):
         """(out, 0) of an OFT, whose columns its tensors do not tell."""
         if (weight := self.tensors.get(".set_weight")) is not None:
             return weight.shape[0], math.prod(weight.shape[1:])
-        blocks = self.tensors.get(".oft_blocks")
-        if blocks is not None:
-            return blocks.shape[-3] * blocks.shape[-1], 0
+        if blocks := self.blocks():
+            return sum(each.shape[-3] * each.shape[-1] for each in blocks), 0
         first, second = (self.tensors[f".{name}.weight"] for name in ("b1", "b2"))
         if first.shape[1] != second.shape[0]:  # LyCORIS before 2.0 had them the other way round
             first, second = second, first

@@ -166,7 +166,7 @@ def _measure(name: str, fields: Mapping[str, str], tensors: Tensors) -> Shape:
 
 
 def _module(name: str, fields: Mapping[str, str], tensors: Tensors) -> LoraModule:
-    arrays = {field: tensors[key] for field, key in fields.items()}
+    arrays = {field: tensors.on_disk(key) for field, key in fields.items()}
     factors = factors_of(arrays)
     scale = float(arrays["alpha"].reshape(())) / factors.rank if "alpha" in arrays and factors.rank else 1.0
     dora = None

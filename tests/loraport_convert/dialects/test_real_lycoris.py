@@ -45,7 +45,6 @@ EXACT = {
 AS_THEY_ARE = {"diag-oft": {"algo": "diag-oft"}, "boft": {"algo": "boft"}, "glora": {"algo": "glora"}}
 REFUSED = {
     "rescale": {"algo": "diag-oft", "rescaled": True},
-    "constraint": {"algo": "diag-oft", "constraint": 0.1},
     "IA³": {"algo": "ia3"},
 }
 

@@ -25,11 +25,20 @@ from loraport_convert.codec.header import dora_of, factors_of, fields_of, measur
 from loraport_convert.codec.keys import MODEL, NAMED, Module
 from loraport_convert.codec.rows import cut, fuse
 from loraport_convert.codec.scale import Told
+from loraport_convert.codec.turning import Piece, is_plain, joined, pieces_of
+from loraport_convert.codec.turning import cut as cut_pieces
 from loraport_convert.families import ENCODERS, FAMILIES, ModuleMap
 from loraport_convert.families.detect import detect_family
 from loraport_convert.families.rules import Span, cuts
 
 FAMILY_KEY = "loraport.family"
+#: Why a kind cannot be put together from parts, or taken apart.
+_WHY_NOT = {
+    "OFT": "an edge between the parts goes through one of its blocks",
+    "BOFT": "its butterflies mix rows of the whole module, so the turns of the parts are none of the whole",
+    "GLoRA": "each part is multiplied by a matrix of its own",
+    "replaced weight": "only the whole weight can take another's place",
+}
 
 
 @dataclass(frozen=True)
@@ -255,7 +264,7 @@ def _fused(name: str, moves: list[_Move], tensors: Tensors) -> LoraModule:
     parts: list[Part] = []
     doras: list[RowScale | ColumnScale] = []
     for move in moves:
-        arrays = {field: tensors[key] for field, key in move.source.fields.items()}
+        arrays = {field: tensors.on_disk(key) for field, key in move.source.fields.items()}
         magnitude = arrays.pop("magnitude", None)
         factors, scale = factors_of(arrays), move.source.scale
         if scale is None:
@@ -274,17 +283,30 @@ def _fused(name: str, moves: list[_Move], tensors: Tensors) -> LoraModule:
 
 
 def _verbatim(name: str, moves: list[_Move], tensors: Tensors) -> LoraModule:
-    """A module of a kind that is kept as it is, which can only change its name."""
-    fields = {field: tensors[key] for field, key in moves[0].source.fields.items()}
-    factors = factors_of(fields)
-    assert isinstance(factors, Verbatim)
-    if len(moves) > 1 or not _is_whole(moves):
+    """A module of a kind that is kept as it is, which can only change its name; an OFT also the place of its blocks."""
+    pieces: list[Piece] = []
+    for move in moves:
+        factors = factors_of({field: tensors[key] for field, key in move.source.fields.items()})
+        if not isinstance(factors, Verbatim):
+            raise DataError(f"{tensors.path}: the parts of {name} are adapters of kinds that do not go together.")
+        if len(moves) == 1 and _is_whole(moves) and (is_plain(factors) or not pieces_of(factors)):
+            return LoraModule(name, factors, 1.0)
+        mine = pieces_of(factors)
+        cut_out = None if mine is None else cut_pieces(mine, move.start, move.stop, move.to)
+        if cut_out is None:
+            raise DataError(
+                f"{tensors.path}: {move.source.module.name} is a {factors.algorithm}, whose rows have another place in "
+                f"{name}, and {_WHY_NOT[factors.algorithm]}.",
+                hint="Train it on modules that the model for ComfyUI has too, or as a LoRA.",
+            )
+        pieces += cut_out
+    blocks = joined(pieces, moves[0].rows)
+    if blocks is None:
         raise DataError(
-            f"{tensors.path}: {moves[0].source.module.name} is a {factors.algorithm}, whose rows have another place in "
-            f"{name}; it cannot be put together or taken apart without the base weights.",
-            hint="Train it on modules that the model for ComfyUI has too, or as a LoRA.",
+            f"{tensors.path}: {name} is put together from OFTs whose blocks do not end where its parts do.",
+            hint="Train with blocks whose size divides each part's rows.",
         )
-    return LoraModule(name, factors, 1.0)
+    return LoraModule(name, Verbatim({keys.OFT: blocks}), 1.0)
 
 
 def _dora(name: str, doras: list[RowScale | ColumnScale], moves: list[_Move]) -> RowScale | ColumnScale | None:

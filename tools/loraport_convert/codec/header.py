@@ -31,7 +31,7 @@ def fields_of(
     missing = [prefixed + end for end in found.values() if end not in endings]
     if missing:
         raise DataError(f"{path}: LoRA module {prefixed} is not whole: {', '.join(missing)} is missing.")
-    if found.get("verbatim" + keys.OFT) and keys.RESCALE in endings:
+    if any(field.startswith("verbatim" + keys.OFT) for field in found) and keys.RESCALE in endings:
         found["verbatim" + keys.RESCALE] = keys.RESCALE
     if any(field.startswith("verbatim") for field in found):
         if keys.ALPHA in endings:
@@ -60,8 +60,8 @@ def _kind(endings: Mapping[str, str]) -> dict[str, str]:
     if any(end in endings for end in keys.LOHA):
         cores = keys.LOHA_CORES if any(end in endings for end in keys.LOHA_CORES) else {}
         return {f"loha.{name}": end for end, name in (keys.LOHA | cores).items()}
-    if keys.OFT in endings:
-        return {"verbatim" + keys.OFT: keys.OFT}
+    if turning := [end for end in (keys.OFT, *keys.OFT_PARTS) if end in endings]:
+        return {"verbatim" + end: end for end in (turning[:1] if turning[0] == keys.OFT else turning)}
     if any(end in endings for end in keys.GLORA):
         return {"verbatim" + end: end for end in keys.GLORA}
     pairs = (pair for pair in keys.LOW_RANK if pair[0] in endings or pair[1] in endings)

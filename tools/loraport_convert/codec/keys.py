@@ -35,6 +35,8 @@ _OF_ANOTHER = {DIFF_BIAS: BIAS, NORM_BIAS: BIAS, PEFT_BIAS: BIAS, DIFF_MODULATIO
 MAGNITUDES = (".lora_magnitude_vector.default.weight", ".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 #: Kinds whose change is made from the base weight, and their endings: they are kept as they are, never multiplied out.
 OFT, RESCALE = ".oft_blocks", ".rescale"
+#: sd-scripts has those of a fused module's parts apart.
+OFT_PARTS = tuple(f"{OFT}.{number}" for number in range(8))
 GLORA = (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight")
 #: Endings of kinds that cannot be converted, and why.
 UNSUPPORTED = {
@@ -55,7 +57,7 @@ UNSUPPORTED = {
 }
 #: Endings of what alpha means nothing for.
 UNSCALED = frozenset((*WHOLE, SET, *_OF_ANOTHER))
-_ALONE = (ALPHA, DORA_SCALE, *WHOLE, SET, *_OF_ANOTHER, MID, OFT, RESCALE)
+_ALONE = (ALPHA, DORA_SCALE, *WHOLE, SET, *_OF_ANOTHER, MID, OFT, *OFT_PARTS, RESCALE)
 ENDINGS = frozenset(
     [*(end for pair in LOW_RANK for end in pair), *LOHA, *LOHA_CORES, *LOKR, *_ALONE, *GLORA, *MAGNITUDES, *UNSUPPORTED]
 )
@@ -68,6 +70,7 @@ TEXT_ENCODERS = "text_encoders."
 _FLAT = {
     "lora_unet__": MODEL,  # Wan's "Fun" files
     "lora_unet_": MODEL,
+    "oft_unet_": MODEL,  # sd-scripts' OFT
     "lora_transformer_": MODEL,
     "lycoris_": MODEL,
     "lora_te_": "te1",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, cast
 
 import numpy as np
 
 from loraport.lora.bits import same_bits
 from loraport.lora.canonical import Array, Factors, LoHa, LoKr, LowRank, Tucker
+from loraport.lora.ondisk import OnDisk, Placed
 from loraport.lora.stacked import Full, Part, Stacked
 
 
@@ -180,6 +181,10 @@ def _place(pieces: Sequence[tuple[int, int, Array]], rows: int, columns: int | N
 
 def _concatenated(arrays: Sequence[Array]) -> Array:
     dtype = _common_dtype(arrays)
+    if all(isinstance(array, OnDisk) for array in arrays):
+        starts = accumulate((len(array) for array in arrays), initial=0)
+        rows = sum(len(array) for array in arrays)
+        return _place([(start, 0, array) for start, array in zip(starts, arrays, strict=False)], rows)
     return np.concatenate([array.astype(dtype, copy=False) for array in arrays])
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from loraport.errors import DataError
 from loraport.files import atomic_path, write_atomic
 from loraport.lora.canonical import Array, ColumnScale, LoraFile, LoraModule, LowRank, RowScale
-from loraport.lora.stacked import Full, NotExact, Part
+from loraport.lora.stacked import Full, NotExact, Part, Verbatim
 from loraport.lora.streaming import replace_metadata, stream_tensors
 from loraport_convert.codec import keys
 from loraport_convert.codec.decode import FAMILY_KEY
@@ -205,6 +205,9 @@ def _split(module: LoraModule, family: ModuleMap) -> Iterator[LoraModule]:
     ranges = None if spans is None else cuts(spans, module.factors.shape[0])
     if spans is None or ranges is None:
         raise NotExact(f"LoRA module {module.name}: diffusers' {family.name} has no such module.", module=module.name)
+    if isinstance(module.factors, Verbatim) and len({span.module for span in spans}) == len(spans) == 1:
+        yield replace(module, name=spans[0].module)
+        return
     targets: dict[str, tuple[list[Part], list[tuple[int, int, int]], int]] = {}
     whole = Part(0, module.factors, module.scale)
     for span, (start, stop) in zip(spans, ranges, strict=True):

@@ -13,7 +13,7 @@ from loraport.lora.canonical import LoraFile
 from loraport_convert.codec.write import write_kohya
 from loraport_convert.dialects.base import Reader, share
 
-_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
+_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "oft_unet_")
 
 
 class Kohya(Reader):

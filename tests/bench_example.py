@@ -45,6 +45,7 @@ def example() -> r.Results:
         protocol=r.Protocol(
             backends=BACKENDS,
             profiles=PROFILES,
+            batches=[1],
             tiers=["matched", "best-effort"],
             repeats=len(SEEDS),
             seeds=SEEDS,
@@ -54,7 +55,7 @@ def example() -> r.Results:
             held_out=2,
             images_sha256="0" * 64,
             resolution=1024,
-            images_a_step=1,
+            images_a_step=[1],
             text_tokens="the captions as they are: 412 to 655 tokens",
             sampling_s=0.05,
             time_limit_s=3600,
@@ -147,14 +148,16 @@ def _run(position: int, tier: Any, profile: str, backend: str, repeat: int, chan
             run_folder_bytes=680_000_000,
             lora_bytes=170_500_000,
         ),
-        card=r.Card(
-            clock_mhz=r.Range(low=1830, median=1965, high=1980),
-            memory_clock_mhz=r.Range(low=3201, median=3201, high=3201),
-            power_w=r.Range(low=210, median=655, high=698),
-            temperature_c=r.Range(low=34, median=61, high=66),
-            utilisation_percent=r.Range(low=40, median=99, high=100),
-            throttled=[],
-        ),
+        cards=[
+            r.Card(
+                clock_mhz=r.Range(low=1830, median=1965, high=1980),
+                memory_clock_mhz=r.Range(low=3201, median=3201, high=3201),
+                power_w=r.Range(low=210, median=655, high=698),
+                temperature_c=r.Range(low=34, median=61, high=66),
+                utilisation_percent=r.Range(low=40, median=99, high=100),
+                throttled=[],
+            )
+        ],
         energy=r.Energy(joules=total * 480, train_joules=phases["train"] * 650, joules_per_image=step * 650),
         work=r.Work(
             steps=STEPS,

@@ -113,6 +113,28 @@ def test_what_one_trainer_does_not_do_takes_its_common_value_and_what_stays_diff
     ]
 
 
+def test_each_batch_size_is_a_group_of_its_own(bench: Any, tmp_path: Path) -> None:
+    given = ("--tiers", "matched", "--seeds", "0", "--checkpoints", "1", "--steps", "3", "--warm-up", "1")
+    code, said = bench("--backends", "swift,inexact", "--batches", "1,4", *given)
+    assert code == 0, said
+    told = results(tmp_path)
+    assert [(run.key, run.batch, run.status) for run in told.runs] == [
+        ("matched/spec/swift/0/0", 1, "ok"),
+        ("matched/spec/inexact/0/0", 1, "refused"),
+        ("matched/spec/batch-4/swift/0/0", 4, "ok"),
+        ("matched/spec/batch-4/inexact/0/0", 4, "refused"),
+    ]
+    assert (told.protocol.batches, told.protocol.images_a_step) == ([1, 4], [1, 4])
+    one, four = told.runs[0].work, told.runs[2].work
+    assert one is not None
+    assert four is not None
+    assert (one.images, one.expected_images, four.images, four.expected_images) == (3, 3, 12, 12)
+    assert one.differs == four.differs == []
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## Matched, as the spec says, batch 4" in report
+    assert "3 optimizer steps a run, of 1 or 4 images each" in report
+
+
 def test_every_kind_of_failure_is_a_row_with_its_reason_and_the_others_go_on(bench: Any, tmp_path: Path) -> None:
     names = "greedy,broken,endless,inexact,absent,lazy,wide,swift"
     code, said = bench(
@@ -203,7 +225,10 @@ def test_a_dry_run_writes_nothing_and_tells_refusals_before_anything_is_started(
         (["--backends", "swfit"], "Did you mean 'swift'"),
         (["--profiles", "fp9"], "--profiles: 'fp9' is not known"),
         (["--tiers", "best"], "--tiers: 'best' is not known"),
-        (["--seeds", "a"], "--seeds: 'a' is not a list"),
+        (["--seeds", "a"], "--seeds: 'a' is not a whole number"),
+        (["--batches", "0"], "--batches: a batch is of at least 1 image"),
+        (["--batches", "2,2"], "--batches: each only once"),
+        (["--profiles", ","], "--profiles names none"),
         (["--seeds", "1,1"], "--seeds: each only once"),
         (["--card", "5gb"], "--card: '5gb' is not known"),
         (["--warm-up", "6"], "--warm-up 6 leaves no step of 6"),

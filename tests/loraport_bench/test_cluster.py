@@ -125,8 +125,9 @@ def test_a_sky_task_gives_every_node_its_share_and_takes_the_rows_to_a_bucket(be
 
 def test_the_shares_of_any_number_of_machines_make_the_whole_schedule() -> None:
     settings = Settings(
-        given={}, backends=["a", "b", "c"], profiles=["fp8", "nf4"], tiers=["matched", "best-effort"], card=None,
-        repeats=4, seeds=[0, 1], steps=2, warm_up=1, checkpoints=0, held_out=0, time_limit_s=1, sampling_s=0.1,
+        given={}, backends=["a", "b", "c"], profiles=["fp8", "nf4"], batches=[1], card=None,
+        tiers=["matched", "best-effort"], repeats=4, seeds=[0, 1], steps=2, warm_up=1,
+        checkpoints=0, held_out=0, time_limit_s=1, sampling_s=0.1,
         overhead_pairs=0,
     )  # fmt: skip
     jobs = schedule(settings)

@@ -66,11 +66,28 @@ def test_a_card_that_becomes_idle_is_waited_for(driver: Driver) -> None:
 
 def test_a_card_that_stays_busy_is_refused_unless_that_is_wanted(driver: Driver) -> None:
     driver.used, driver.processes = 4 * 2**30, {1: 4 * 2**30}
-    with pytest.raises(BackendError, match=r"not idle: 0 % in use, 4\.0 GiB taken, by 1 processes"):
+    with pytest.raises(BackendError, match=r"not idle: 0 % in use, 4\.0 GiB taken, by 1 process\."):
         wait_until_idle(1, patience=0.05)
     idle = wait_until_idle(1, patience=0.05, insist=False)
     assert idle is not None
     assert idle.processes == 1
+
+
+def test_a_card_that_shares_the_hosts_memory_is_idle_when_nothing_runs_on_it(driver: Driver) -> None:
+    driver.unsupported = {"nvmlDeviceGetMemoryInfo"}
+    idle = wait_until_idle(1, patience=0)
+    assert idle is not None
+    assert (idle.used_bytes, idle.processes) == (None, 0)
+    assert machine().card_bytes is None
+    driver.processes = {1: None}
+    with pytest.raises(BackendError, match=r"not idle: 0 % in use, by 1 process\."):
+        wait_until_idle(1, patience=0)
+
+
+def test_a_card_that_is_not_there_is_not_waited_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert wait_until_idle(1, patience=0) is None
+    assert machine().card is None
 
 
 def test_the_lock_is_held_against_other_processes_and_given_back_when_one_is_killed(tmp_path: Path) -> None:

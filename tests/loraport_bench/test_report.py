@@ -133,7 +133,7 @@ def test_both_reports_tell_the_results_failures_inequalities_and_conditions() ->
 
 def test_the_tables_hold_the_medians_of_the_rows() -> None:
     results = example()
-    runs = [run for run in results.runs if run.group == ("matched", "fp8") and run.backend == "diffsynth"]
+    runs = [run for run in results.runs if run.group == ("matched", "fp8", 1) and run.backend == "diffsynth"]
     steps = sorted(each for run in runs if run.steps for each in run.steps.each)
     peaks = sorted(run.device_memory.peak_bytes for run in runs if run.device_memory)
     (line,) = [

@@ -31,8 +31,9 @@ def settings(backends: list[str] = ALL, changes: Any = None, card: str | None = 
     }
     given = build_spec(content, base=Path.cwd(), origin="test").spec.model_dump(mode="json")
     return Settings(
-        given=given, changes=changes or {}, backends=backends, profiles=["spec"], tiers=["matched"], card=card,
-        repeats=1, seeds=[7], steps=60, warm_up=10, checkpoints=4, held_out=2, time_limit_s=60, sampling_s=0.05,
+        given=given, changes=changes or {}, backends=backends, profiles=["spec"], batches=[1], card=card,
+        tiers=["matched"], repeats=1, seeds=[7], steps=60, warm_up=10,
+        checkpoints=4, held_out=2, time_limit_s=60, sampling_s=0.05,
         overhead_pairs=0,
     )  # fmt: skip
 
@@ -43,7 +44,7 @@ def _no_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_four_trainers_share_a_matched_spec_in_which_each_does_the_work_exactly() -> None:
-    contents, changed = matched(settings(), STAGED, "spec")
+    contents, changed = matched(settings(), STAGED, "spec", 1)
     plans = {name: make(contents[name], name, Path("/run")) for name in ALL}
     assert {name: why_not_matched(made) for name, made in plans.items()} == dict.fromkeys(ALL)
     specs = [made.spec.model_copy(update={"backend": None}) for made in plans.values()]
@@ -67,7 +68,7 @@ def test_the_four_trainers_share_a_matched_spec_in_which_each_does_the_work_exac
 
 
 def test_a_trainer_that_cannot_do_a_needed_field_has_no_place_in_the_matched_tier_and_is_told_why() -> None:
-    contents, _ = matched(settings(train={"batch_size": 4}), STAGED, "nf4")
+    contents, _ = matched(settings(), STAGED, "nf4", 4)
     reasons = {name: why_not_matched(make(contents[name], name, Path("/run"))) for name in ALL}
     assert reasons["native"] is None
     assert "train.batch_size = 4: approximated" in (reasons["diffsynth"] or "")
@@ -75,7 +76,7 @@ def test_a_trainer_that_cannot_do_a_needed_field_has_no_place_in_the_matched_tie
 
 
 def test_a_spec_that_all_do_exactly_is_left_as_it_is() -> None:
-    contents, changed = matched(settings(["native"], memory={"gradient_checkpointing": "none"}), STAGED, "spec")
+    contents, changed = matched(settings(["native"], memory={"gradient_checkpointing": "none"}), STAGED, "spec", 1)
     spec = make(contents["native"], "native", Path("/run")).spec
     assert (spec.train.max_grad_norm, spec.dataset.caption_dropout, spec.train.lr_scheduler) == (1.0, 0.1, "cosine")
     assert spec.memory.gradient_checkpointing == "none"
@@ -86,20 +87,24 @@ def test_best_effort_is_what_the_cards_profile_recommends_as_far_as_each_trainer
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tiers, "cards", lambda: [Card("H200", 140.0, (9, 0))])
-    memory = {name: make(best_effort(settings(), STAGED, "fp8", name), name, Path("/run")).spec.memory for name in ALL}
+    memory = {
+        name: make(best_effort(settings(), STAGED, "fp8", 1, name), name, Path("/run")).spec.memory for name in ALL
+    }
     assert (memory["native"].storage, memory["native"].compute) == ("fp8", "fp8")
     assert (memory["native"].compile, memory["native"].gradient_checkpointing) == ("regional", "none")
     for name in ALL:
-        made = make(best_effort(settings(), STAGED, "fp8", name), name, Path("/run"))
+        made = make(best_effort(settings(), STAGED, "fp8", 1, name), name, Path("/run"))
         assert not made.refused(), name
         assert made.spec.memory.storage == "fp8"
     # An older card does not compute in fp8, and nobody is asked to.
     monkeypatch.setattr(tiers, "cards", lambda: [Card("A100", 80.0, (8, 0))])
-    assert make(best_effort(settings(), STAGED, "fp8", "native"), "native", Path("/run")).spec.memory.compute == "model"
+    assert (
+        make(best_effort(settings(), STAGED, "fp8", 1, "native"), "native", Path("/run")).spec.memory.compute == "model"
+    )
 
 
 def test_another_cards_profile_can_be_asked_for() -> None:
-    content = best_effort(settings(card="8gb"), STAGED, "nf4", "native")
+    content = best_effort(settings(card="8gb"), STAGED, "nf4", 1, "native")
     memory = make(content, "native", Path("/run")).spec.memory
     assert memory.storage == "nf4"
     assert memory.offload != "none"
@@ -111,7 +116,7 @@ def test_options_of_one_trainer_are_not_given_to_another_and_changes_for_one_rea
         {"diffsynth": ["backend.options.split=false"]},
         backend={"name": "native", "options": {"device": "cpu"}},
     )
-    contents, _ = matched(given, STAGED, "spec")
+    contents, _ = matched(given, STAGED, "spec", 1)
     assert contents["native"]["backend"]["options"] == {"device": "cpu"}
     assert contents["diffsynth"]["backend"]["options"] == {"split": False}
 
@@ -119,11 +124,11 @@ def test_options_of_one_trainer_are_not_given_to_another_and_changes_for_one_rea
 def test_other_work_for_one_trainer_is_refused_in_the_matched_tier_and_taken_in_the_other() -> None:
     given = settings(["native", "diffsynth"], {"diffsynth": ["train.learning_rate=2e-4"]})
     with pytest.raises(SpecError, match=r"train\.learning_rate is 0\.0002 for diffsynth and 0\.0001 for native"):
-        matched(given, STAGED, "spec")
-    assert best_effort(given, STAGED, "spec", "diffsynth")["train"]["learning_rate"] == 2e-4
-    assert best_effort(given, STAGED, "spec", "native")["train"]["learning_rate"] == 1e-4
+        matched(given, STAGED, "spec", 1)
+    assert best_effort(given, STAGED, "spec", 1, "diffsynth")["train"]["learning_rate"] == 2e-4
+    assert best_effort(given, STAGED, "spec", 1, "native")["train"]["learning_rate"] == 1e-4
 
 
 def test_a_wrong_change_for_one_trainer_is_told_by_its_path() -> None:
     with pytest.raises(SpecError, match=r"the spec for diffsynth is not a valid spec:\n  lora\.rnk"):
-        matched(settings(changes={"diffsynth": ["lora.rnk=3"]}), STAGED, "spec")
+        matched(settings(changes={"diffsynth": ["lora.rnk=3"]}), STAGED, "spec", 1)

@@ -20,6 +20,7 @@ from loraport.planning import Plan
 from loraport.plugins import plugins
 from loraport.spec.load import build_spec
 from loraport.spec.models import TrainSpec
+from loraport_bench import RESULTS
 from loraport_bench import records as r
 from loraport_bench.equal_work import with_differences
 from loraport_bench.idle import alone_on_machine
@@ -27,11 +28,10 @@ from loraport_bench.images import Staged, planned, stage_images
 from loraport_bench.overhead import measure_overhead
 from loraport_bench.quality import score_rows
 from loraport_bench.row import RECORD, Machinery, read_row, run_row
-from loraport_bench.schedule import Job, expected_seconds, schedule
+from loraport_bench.schedule import Job, expected_seconds, group_name, schedule
 from loraport_bench.settings import Settings
 from loraport_bench.tiers import MATCHED, MEASURED, best_effort, inequalities, make, matched
 
-RESULTS = "results.json"
 #: What going through LoraPort may cost: a share of a step, and seconds of a run.
 OVERHEAD_SHARE, OVERHEAD_SECONDS = 0.01, 2.0
 Tell = Callable[[str], None]
@@ -47,7 +47,7 @@ class Bench:
     tell: Tell
     command: str
     queue: bool = False  #: wait for the machine's lock
-    _contents: dict[tuple[str, str], dict[str, dict[str, Any]]] = field(default_factory=dict)
+    _contents: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = field(default_factory=dict)
     _changed: dict[str, str] = field(default_factory=lambda: dict(MEASURED))
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Bench:
 
     def content(self, job: Job, staged: Staged) -> dict[str, Any]:
         """The spec of a row, as plain data."""
-        contents = self._group(job.tier, job.profile, staged)[job.backend]
+        contents = self._group(*job.group, staged)[job.backend]
         return {**contents, "train": {**contents["train"], "seed": job.seed}}
 
     def plan(self, job: Job, staged: Staged) -> Plan | LoraPortError:
@@ -171,24 +171,24 @@ class Bench:
 
     # -- parts --------------------------------------------------------------------------------------------------
 
-    def _group(self, tier: r.Tier, profile: str, staged: Staged) -> dict[str, dict[str, Any]]:
+    def _group(self, tier: r.Tier, profile: str, batch: int, staged: Staged) -> dict[str, dict[str, Any]]:
         """The spec of each backend in a group."""
-        if (tier, profile) not in self._contents:
+        if (tier, profile, batch) not in self._contents:
             if tier == "matched":
-                contents, changed = matched(self.settings, staged, profile)
+                contents, changed = matched(self.settings, staged, profile, batch)
                 self._changed |= changed
             else:
                 names = self.settings.backends
-                contents = {name: best_effort(self.settings, staged, profile, name) for name in names}
-            self._contents[tier, profile] = contents
-        return self._contents[tier, profile]
+                contents = {name: best_effort(self.settings, staged, profile, batch, name) for name in names}
+            self._contents[tier, profile, batch] = contents
+        return self._contents[tier, profile, batch]
 
     def _inequalities(self, staged: Staged) -> dict[str, list[r.Inequality]]:
         found = {}
-        for tier, profile in dict.fromkeys((job.tier, job.profile) for job in self.jobs):
-            of_group = [job for job in self.jobs if (job.tier, job.profile, job.repeat) == (tier, profile, 0)]
+        for group in dict.fromkeys(job.group for job in self.jobs):
+            of_group = [job for job in self.jobs if (job.group, job.repeat) == (group, 0)]
             plans = {job.backend: made for job in of_group if isinstance(made := self.plan(job, staged), Plan)}
-            found[f"{tier}/{profile}"] = inequalities(plans)
+            found[group_name(*group)] = inequalities(plans)
         return found
 
     def _protocol(self, staged: Staged) -> r.Protocol:
@@ -198,6 +198,7 @@ class Bench:
         return r.Protocol(
             backends=settings.backends,
             profiles=settings.profiles,
+            batches=settings.batches,
             tiers=settings.tiers,
             repeats=settings.repeats,
             seeds=settings.seeds,
@@ -207,7 +208,7 @@ class Bench:
             held_out=staged.held_out_images,
             images_sha256=staged.sha256,
             resolution=content.dataset.resolution,
-            images_a_step=train.batch_size * train.gradient_accumulation * train.gpus,
+            images_a_step=[batch * train.gradient_accumulation * train.gpus for batch in settings.batches],
             text_tokens=f"the captions as they are, at most {content.dataset.max_text_tokens}",
             sampling_s=settings.sampling_s,
             time_limit_s=settings.time_limit_s,

@@ -31,7 +31,6 @@ _PROTOCOL = {
     "steps": "optimizer steps",
     "warm_up": "steps of warm-up",
     "resolution": "resolution",
-    "images_a_step": "images a step",
     "images_sha256": "images or captions",
 }
 
@@ -107,8 +106,8 @@ def compare(
     quality_threshold: float = 0.01,
     aspects: Sequence[Aspect] = ASPECTS,
 ) -> Comparison:
-    """Compare rows of the same tier, quantisation and backend. Thresholds are shares: of the old median, and for
-    held-out losses of the loss without a LoRA. Raises DataError when the two have no row in common."""
+    """Compare rows of the same tier, quantisation, batch size and backend. Thresholds are shares: of the old median,
+    and for held-out losses of the loss without a LoRA. Raises DataError when the two have no row in common."""
     found = Comparison(threshold, quality_threshold)
     before, after = _rows(old), _rows(new)
     if not before.keys() & after.keys():

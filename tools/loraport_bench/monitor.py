@@ -8,6 +8,8 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
+from loraport_bench.nvml import ask, card_handle, driver
+
 INTERVAL = 0.05  #: seconds between two questions
 
 
@@ -42,24 +44,13 @@ class DeviceMonitor:
     def _watch(self) -> None:
         import pynvml
 
-        try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError:
-            return
-        try:
-            handle = card_handle(self._card)
-            while not self._over.is_set():
-                self.samples.append((time.time(), int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)))
+        with driver() as there:
+            handle = ask(card_handle, self._card) if there else None
+            while handle is not None and not self._over.is_set():
+                memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+                if memory is not None:
+                    self.samples.append((time.time(), int(memory.used)))
                 self._over.wait(INTERVAL)
-        finally:
-            pynvml.nvmlShutdown()
-
-
-def card_handle(card: str) -> Any:
-    """The driver's handle of a card given as an index or a UUID; the driver must be initialised."""
-    import pynvml
-
-    return pynvml.nvmlDeviceGetHandleByIndex(int(card)) if card.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(card)
 
 
 def machine() -> dict[str, Any]:
@@ -68,17 +59,15 @@ def machine() -> dict[str, Any]:
 
     import pynvml
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return {"card": f"CPU ({platform.machine()})", "driver": None, "cards": 0}
-    try:
-        handle = card_handle((os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()) or "0")
+    with driver() as there:
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+        handle = ask(card_handle, first) if there else None
+        if handle is None:
+            return {"card": f"CPU ({platform.machine()})", "driver": None, "cards": 0}
+        memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
         return {
-            "card": pynvml.nvmlDeviceGetName(handle),
-            "card_gib": round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1),
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "cards": pynvml.nvmlDeviceGetCount(),
+            "card": ask(pynvml.nvmlDeviceGetName, handle),
+            "card_gib": None if memory is None else round(memory.total / 2**30, 1),
+            "driver": ask(pynvml.nvmlSystemGetDriverVersion),
+            "cards": ask(pynvml.nvmlDeviceGetCount),
         }
-    finally:
-        pynvml.nvmlShutdown()

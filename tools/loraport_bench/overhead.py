@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import sys
@@ -16,7 +15,7 @@ from loraport.plugins import plugins
 from loraport.run import events
 from loraport.run.record import read_events
 from loraport.run.supervisor import write_files
-from loraport_bench.process import run_watched
+from loraport_bench.process import own_environment, run_watched
 from loraport_bench.records import Overhead
 from loraport_bench.settings import Settings
 from loraport_bench.tiers import make
@@ -56,7 +55,7 @@ def _through(content: dict[str, object], backend: str, settings: Settings, folde
     write_atomic(spec_file, make(content, backend, run_dir).spec.to_yaml())
     command = [sys.executable, "-m", "loraport.cli.main", "train", str(spec_file), "--backend", backend]
     done = run_watched(
-        [*command, "--out", str(run_dir)], _environment(folder), settings.time_limit_s, _UNWATCHED, [], []
+        [*command, "--out", str(run_dir)], own_environment(folder), settings.time_limit_s, _UNWATCHED, [], []
     )
     if done.code != 0:
         raise BackendError(f"A run through LoraPort failed while its overhead was measured ({done.code}).")
@@ -77,7 +76,7 @@ def _by_hand(content: dict[str, object], backend: str, settings: Settings, folde
     def hear(line: str) -> None:
         steps.extend(event for event in reader.read_line(line) or () if isinstance(event, events.Step))
 
-    environment = {"PYTHONUNBUFFERED": "1", **_environment(folder), **made.env}
+    environment = {"PYTHONUNBUFFERED": "1", **own_environment(folder), **made.env}
     done = run_watched(made.command, environment, settings.time_limit_s, _UNWATCHED, [], [], hear=hear, cwd=run_dir)
     if done.code != 0:
         raise BackendError(f"The plan's command, started by hand, failed ({done.code}).")
@@ -85,14 +84,10 @@ def _by_hand(content: dict[str, object], backend: str, settings: Settings, folde
 
 
 def _fresh(folder: Path) -> Path:
-    for name in ("overhead-run", "overhead-cache"):
+    for name in ("overhead-run", "cache", "compiled"):
         shutil.rmtree(folder / name, ignore_errors=True)
     time.sleep(0.2)  # let the system settle after the run before
     return folder / "overhead-run"
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "LORAPORT_CACHE": str(folder / "overhead-cache")}
 
 
 def _median(steps: list[events.Step], settings: Settings) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -74,6 +75,18 @@ def run_watched(
             end(process)
             raise
         return Ended(code, began, ended, sampler.samples)
+
+
+def own_environment(folder: Path) -> dict[str, str]:
+    """This process's environment, with everything that runs may keep for later ones in `folder`: what a trainer caches
+    of its images, and what torch compiles. Cards are numbered as the driver does it, which is asked about them."""
+    return {
+        **os.environ,
+        "LORAPORT_CACHE": str(folder / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled" / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "compiled" / "triton"),
+        "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+    }
 
 
 def end(process: subprocess.Popen[Any]) -> None:
@@ -159,7 +172,6 @@ def _wait(process: subprocess.Popen[bytes], limit: float, hear: Callable[[str], 
 
 def _listen(stream: IO[bytes], hear: Callable[[str], None], deadline: float) -> None:
     """Pass lines on until the stream ends or the time is up."""
-    import os
     import selectors
 
     rest = b""

@@ -105,7 +105,8 @@ class Trace(Data):
 
     scope: Literal["processes", "device"] = Field(
         description="`processes`: of the run's own processes. `device`: all that is in use on the card, where the "
-        "driver doesn't tell processes apart; what was used before the run is subtracted nowhere."
+        "driver doesn't tell processes apart, without what the driver keeps for itself if it tells that apart; what "
+        "was used before the run is subtracted nowhere. Of several cards, their sum."
     )
     interval_s: float = Field(gt=0, description="Mean time between samples, before thinning.")
     longest_gap_s: float = Field(ge=0, description="Longest time between two samples.")
@@ -142,18 +143,18 @@ class Range(Data):
 
 
 class Card(Data):
-    """The GPU, the first of several, while the run's steps were trained."""
+    """One of the GPUs that the run used, while its steps were trained. What the card does not tell is null."""
 
     clock_mhz: Range | None = Field(None, description="Clock of the multiprocessors.")
     memory_clock_mhz: Range | None = Field(None, description="Clock of the memory.")
     power_w: Range | None = Field(None, description="Power.")
     temperature_c: Range | None = Field(None, description="Temperature.")
     utilisation_percent: Range | None = Field(None, description="Time in which a kernel ran.")
-    throttled: list[str] = Field(description="Reasons for which the driver lowered the clocks.")
+    throttled: list[str] | None = Field(None, description="Reasons for which the driver lowered the clocks.")
 
 
 class Energy(Data):
-    """The energy counter of the card, the first of several; everything on it counts."""
+    """The energy counters of the GPUs that the run used, summed; everything on them counts."""
 
     joules: float = Field(ge=0, description="Over the whole run.")
     train_joules: float | None = Field(None, description="While steps were trained.")
@@ -231,10 +232,11 @@ class Overhead(Data):
 class Run(Data):
     """One row: a training, or why there is none."""
 
-    key: str = Field(description="Unique: tier/profile/backend/seed/repeat.")
+    key: str = Field(description="Unique: tier/profile/backend/seed/repeat, with batch-N after the profile beyond 1.")
     position: int = Field(ge=0, description="Place in the schedule.")
     tier: Tier = Field(description="`matched` or `best-effort`.")
     profile: str = Field(description="The quantisation asked for, or `spec` for the spec's own memory section.")
+    batch: int = Field(1, ge=1, description="`train.batch_size`.")
     backend: str = Field(description="Name of the backend.")
     repeat: int = Field(ge=0, description="Which repeat; odd ones go through the backends backwards.")
     seed: int = Field(ge=0, description="`train.seed`.")
@@ -258,8 +260,8 @@ class Run(Data):
     )
     torch_peaks: TorchPeaks | None = Field(None, description="Null where the trainer doesn't tell.")
     disk: Disk | None = Field(None, description="Disk use.")
-    card: Card | None = Field(None, description="Null without a GPU.")
-    energy: Energy | None = Field(None, description="Null where the card has no counter.")
+    cards: list[Card] = Field(default_factory=list, description="One for each GPU used; none without a GPU.")
+    energy: Energy | None = Field(None, description="Null where one of the cards has no counter.")
     work: Work | None = Field(None, description="Null when nothing was trained.")
     losses: list[Loss] = Field(default_factory=list, description="At most 500 points.")
     quality: Quality | None = Field(None, description="Null when it was not scored; `notes` says why.")
@@ -267,9 +269,9 @@ class Run(Data):
     notes: list[str] = Field(default_factory=list, description="What a reader must know about this row.")
 
     @property
-    def group(self) -> tuple[str, str]:
-        """What the row is compared within: (tier, profile)."""
-        return self.tier, self.profile
+    def group(self) -> tuple[str, str, int]:
+        """What the row is compared within: (tier, profile, batch)."""
+        return self.tier, self.profile, self.batch
 
 
 class Protocol(Data):
@@ -277,6 +279,7 @@ class Protocol(Data):
 
     backends: list[str] = Field(description="In the order of the even repeats.")
     profiles: list[str] = Field(description="Quantisations; `spec` for the spec's own memory section.")
+    batches: list[int] = Field(description="Values of train.batch_size; each is a group of its own.")
     tiers: list[Tier] = Field(description="Which tiers.")
     repeats: int = Field(ge=1, description="Repeats of each row, in alternating order.")
     seeds: list[int] = Field(description="Seeds; a repeat takes the next.")
@@ -286,12 +289,24 @@ class Protocol(Data):
     held_out: int = Field(ge=0, description="Images held out for the score.")
     images_sha256: str = Field(description="Of the staged images and captions, in order.")
     resolution: int = Field(description="dataset.resolution.")
-    images_a_step: int = Field(ge=1, description="Effective batch.")
+    images_a_step: list[int] = Field(description="Effective batch, for each of `batches`.")
     text_tokens: str = Field(description="What the captions are.")
     sampling_s: float = Field(gt=0, description="Time between two samples of memory that was asked for.")
     time_limit_s: float = Field(gt=0, description="After which a run is ended.")
     matched_fields: list[str] = Field(description="Fields that the matched tier wants exact in every backend.")
     changed: dict[str, str] = Field(description="Fields of the spec that the bench set, with why.")
+
+
+class Source(Data):
+    """One of the benches that were gathered into one."""
+
+    place: str = Field(description="Name of its folder.")
+    command: str = Field(description="The command that measured it, its paths shortened.")
+    created: AwareDatetime = Field(description="UTC.")
+    updated: AwareDatetime = Field(description="UTC.")
+    spec_sha256: str = Field(description="Of its spec.")
+    spec: dict[str, Any] = Field(description="Its spec, paths shortened.")
+    protocol: Protocol = Field(description="How it was run.")
 
 
 class Results(Data):
@@ -310,6 +325,11 @@ class Results(Data):
         description="By `tier/profile`: the fields that the backends treat differently."
     )
     runs: list[Run] = Field(description="In the order of the schedule.")
+    sources: list[Source] = Field(
+        default_factory=list,
+        description="Of a report on several benches: each of them. `spec` then has what they share, `protocol` what "
+        "they did together, and its single numbers are the first one's.",
+    )
 
     @classmethod
     def read(cls, path: Path) -> Self:

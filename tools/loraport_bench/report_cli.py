@@ -8,26 +8,42 @@ from typing import Annotated
 import typer
 
 from loraport.cli.options import AsJson
+from loraport_bench import RESULTS
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a bench, or its results.json.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders of benches, or their results.json files.")
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the reports; where the results are when left out.")
     ] = None,
 ) -> None:
-    """Write a bench's report.md and report.html anew from its results.json."""
-    from loraport.errors import RunFolderError
+    """Write a bench's report.md and report.html anew from its results.json, or one report on several benches.
+
+    Of several, on the same images, a results.json of all rows is written beside the report.
+    """
+    from loraport.errors import RunFolderError, SpecError
+    from loraport_bench.gather import gathered
     from loraport_bench.records import Results
     from loraport_bench.report import write_reports
 
-    source = results_in(folder)
-    results = Results.read(source)
-    place = out or source.parent
+    sources = [results_in(folder) for folder in folders]
+    if len(sources) > 1 and out is None:
+        raise SpecError("A report on several benches needs a folder of its own: name it with --out.")
+    place = out or sources[0].parent
+    if len(sources) > 1 and (place / RESULTS).resolve() in [source.resolve() for source in sources]:
+        raise SpecError(f"--out: {place} holds one of these benches; name a folder of its own.")
+    results = Results.read(sources[0])
+    if len(sources) > 1:
+        results = gathered(dict(zip(_names(sources), map(Results.read, sources), strict=True)))
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"{place} cannot be made: {error.strerror}.") from error
+    if len(sources) > 1:
+        results.write(place / RESULTS)
+        typer.echo(f"Wrote {place / RESULTS}")
     for path in write_reports(results, place):
         typer.echo(f"Wrote {path}")
 
@@ -75,6 +91,12 @@ def compare(
         raise DifferentError(f"{found.worse} {things} got worse beyond the noise.")
 
 
+def _names(sources: list[Path]) -> list[str]:
+    """What each bench is called: its folder, or where two folders have the same name, its number with it."""
+    folders = [source.absolute().parent.name for source in sources]
+    return [name if folders.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(folders, start=1)]
+
+
 def results_in(place: Path) -> Path:
     """The results.json of a bench's folder, or the file itself."""
-    return place / "results.json" if place.is_dir() else place
+    return place / RESULTS if place.is_dir() else place

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,8 +23,9 @@ from loraport.plugins import plugins
 from loraport.run.record import read_events
 from loraport_bench import records as r
 from loraport_bench.idle import machine, wait_until_idle
+from loraport_bench.nvml import visible_cards
 from loraport_bench.outputs import keep_checkpoints, trained_parameters
-from loraport_bench.process import Ended, run_watched
+from loraport_bench.process import Ended, own_environment, run_watched
 from loraport_bench.results import versions
 from loraport_bench.sampling import (
     CardSample,
@@ -34,7 +34,6 @@ from loraport_bench.sampling import (
     range_of,
     size_of,
     throttled,
-    visible_cards,
 )
 from loraport_bench.schedule import Job
 from loraport_bench.settings import Settings
@@ -114,6 +113,7 @@ def _row(job: Job, made: Plan | None, bench: Path, status: r.Status, failure: r.
         "position": job.position,
         "tier": job.tier,
         "profile": job.profile,
+        "batch": job.batch,
         "backend": job.backend,
         "repeat": job.repeat,
         "seed": job.seed,
@@ -137,7 +137,7 @@ def _trained(job: Job, made: Plan, machinery: Machinery, folder: Path) -> r.Run:
     try:
         ended = run_watched(
             [*command, "--out", str(run_dir), "--json"],
-            {**os.environ, "LORAPORT_CACHE": str(cache)},
+            own_environment(folder),
             settings.time_limit_s,
             settings.sampling_s,
             visible_cards(gpus),
@@ -175,6 +175,7 @@ def _trained(job: Job, made: Plan, machinery: Machinery, folder: Path) -> r.Run:
                 shutil.copy(run_dir / name, folder / name)
         shutil.rmtree(run_dir, ignore_errors=True)
         shutil.rmtree(cache, ignore_errors=True)
+        shutil.rmtree(folder / "compiled", ignore_errors=True)
 
 
 def _events(run_dir: Path) -> list[Any]:
@@ -219,19 +220,17 @@ def _numbers(
     """The measured part of a record; adds to `notes`."""
     samples, a_step, steps = ended.samples, images_a_step(made), told.measured(settings.warm_up)
     train = [span for span in told.spans if span[0] == "train"]
-    in_training = [one for one in samples.card if any(start <= one.time <= end for _, start, end in train)]
+    in_training = [
+        [one for one in card if any(start <= one.time <= end for _, start, end in train)] for card in samples.cards
+    ]
     if steps is not None and steps.wall_mean and abs(steps.seconds.mean / steps.wall_mean - 1) > 0.05:
         notes.append(
             f"The trainer's clock says {steps.seconds.mean:.3f} s a step on average; from outside it was "
             f"{steps.wall_mean:.3f} s, which is what images a second are counted by."
         )
     pace = (steps.wall_mean or steps.seconds.median) if steps else None
-    device = None
-    if samples.device:
-        own = samples.tells_processes
-        device = trace(
-            samples.own if own else samples.device, "processes" if own else "device", told.spans, ended.began
-        )
+    own = samples.tells_processes
+    device = trace(samples.own if own else samples.device, "processes" if own else "device", told.spans, ended.began)
     last = told.steps[-1] if told.steps else None
     peaks = None
     if device is not None and last is not None and last.peak_memory_gib is not None:
@@ -249,8 +248,8 @@ def _numbers(
         "host_memory": trace(samples.host, "processes", told.spans, ended.began),
         "torch_peaks": peaks,
         "disk": _disk(samples, told, run_dir, lora),
-        "card": _card(in_training),
-        "energy": _energy(samples.card, ended, train, len(told.steps) * a_step),
+        "cards": [_card(card) for card in in_training if card],
+        "energy": _energy(samples.cards, ended, train, len(told.steps) * a_step),
         "work": _work(made, told, lora),
         "losses": told.losses(a_step),
     }
@@ -284,10 +283,7 @@ def _disk(samples: Samples, told: Told, run_dir: Path, lora: Path | None) -> r.D
     )
 
 
-def _card(samples: list[CardSample]) -> r.Card | None:
-    if not samples:
-        return None
-
+def _card(samples: list[CardSample]) -> r.Card:
     def seen(name: str) -> r.Range | None:
         found = range_of([getattr(sample, name) for sample in samples])
         return None if found is None else r.Range(low=found[0], median=found[1], high=found[2])
@@ -296,11 +292,17 @@ def _card(samples: list[CardSample]) -> r.Card | None:
     return r.Card(**{name: seen(name) for name in names}, throttled=throttled(samples))
 
 
-def _energy(samples: list[CardSample], ended: Ended, train: list[Span], images: int) -> r.Energy | None:
-    whole = energy_between(samples, ended.began, ended.ended)
+def _energy(cards: list[list[CardSample]], ended: Ended, train: list[Span], images: int) -> r.Energy | None:
+    """Of all cards; None when one of them has no counter."""
+
+    def spent(start: float, end: float) -> float | None:
+        each = [energy_between(samples, start, end) for samples in cards]
+        return None if None in each or not each else sum(one for one in each if one is not None)
+
+    whole = spent(ended.began, ended.ended)
     if whole is None:
         return None
-    parts = [energy_between(samples, start, end) for _, start, end in train]
+    parts = [spent(start, end) for _, start, end in train]
     training = sum(part for part in parts if part is not None) if parts else None
     per_image = round(training / images, 3) if training is not None and images else None
     rounded = None if training is None else round(training, 1)

@@ -37,6 +37,9 @@ def run(
     profiles: Annotated[
         str, typer.Option(help="Quantisations, separated by commas, such as fp8,nf4; `spec` is the spec's own memory.")
     ] = "spec",
+    batches: Annotated[
+        str | None, typer.Option(help="Batch sizes, separated by commas; the spec's train.batch_size when left out.")
+    ] = None,
     tiers: Annotated[str, typer.Option(help="Tiers, separated by commas.")] = "matched,best-effort",
     repeats: Annotated[int | None, typer.Option(min=1, help="Repeats of each row; one for each seed.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, which the repeats take in turn.")] = "0,1,2",
@@ -105,6 +108,7 @@ def run(
         changes=_changes(changes or []),
         backends=_list(backends),
         profiles=_list(profiles),
+        batches=[given.train.batch_size] if batches is None else _list(batches),
         tiers=_list(tiers),
         card=card,
         seeds=_list(seeds),
@@ -155,7 +159,8 @@ def run(
 
 def _finish(bench: Bench, problems: list[str], as_json: bool) -> None:
     from loraport.errors import BackendError
-    from loraport_bench.bench import RESULTS, summary
+    from loraport_bench import RESULTS
+    from loraport_bench.bench import summary
     from loraport_bench.records import Results
     from loraport_bench.report import MARKDOWN, PAGE
 
@@ -195,17 +200,17 @@ def _settings(**given: Any) -> Settings:
     for name in given["changes"]:
         if name not in given["backends"]:
             raise SpecError(unknown("--for:", name, given["backends"]))
-    for option in ("backends", "profiles", "tiers", "seeds"):
+    for option, example in (("batches", "1,4"), ("seeds", "0,1,2")):
+        given[option] = [_whole(text, option, example) for text in given[option]]
+    if any(batch < 1 for batch in given["batches"]):
+        raise SpecError("--batches: a batch is of at least 1 image.")
+    for option in ("backends", "profiles", "batches", "tiers", "seeds"):
+        if not given[option]:
+            raise SpecError(f"--{option} names none.")
         if len(set(given[option])) != len(given[option]):
             raise SpecError(f"--{option}: each only once.")
     if given["warm_up"] >= given["steps"]:
         raise SpecError(f"--warm-up {given['warm_up']} leaves no step of {given['steps']} to measure.")
-    try:
-        given["seeds"] = [int(seed) for seed in given["seeds"]]
-    except ValueError:
-        raise SpecError(
-            f"--seeds: {','.join(given['seeds'])!r} is not a list of whole numbers such as 0,1,2."
-        ) from None
     given["repeats"] = given["repeats"] or len(given["seeds"])
     return Settings(**given)
 
@@ -220,6 +225,15 @@ def _changes(given: list[str]) -> dict[str, list[str]]:
             raise SpecError(f"--for {text!r}: write it as BACKEND:FIELD=VALUE, such as native:memory.compile=none.")
         found.setdefault(backend, []).append(change)
     return found
+
+
+def _whole(value: str | int, option: str, example: str) -> int:
+    from loraport.errors import SpecError
+
+    try:
+        return int(value)
+    except ValueError:
+        raise SpecError(f"--{option}: {value!r} is not a whole number; write a list such as {example}.") from None
 
 
 def _list(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import psutil
 
-from loraport_bench.monitor import card_handle
+from loraport_bench import nvml
 
 #: Seconds between two looks at what changes slowly: which processes there are, clocks, energy, sizes on disk.
 SLOW = 0.5
@@ -44,7 +44,7 @@ class CardSample:
     temperature_c: float | None
     utilisation_percent: float | None
     energy_j: float | None
-    throttle: int
+    throttle: int | None
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Samples:
     host: list[tuple[float, int]] = field(default_factory=list)  #: resident bytes of all processes
     own: list[tuple[float, int]] = field(default_factory=list)  #: device bytes of the tree's processes
     device: list[tuple[float, int]] = field(default_factory=list)  #: device bytes in use by anything on these cards
-    card: list[CardSample] = field(default_factory=list)  #: of the first card
+    cards: list[list[CardSample]] = field(default_factory=list)  #: of each card
     sizes: list[tuple[float, int]] = field(default_factory=list)  #: bytes under the watched folders
     written: int | None = None
     read: int | None = None
@@ -81,10 +81,13 @@ class TreeSampler:
             threading.Thread(target=self._repeat, args=(work, seconds), daemon=True)
             for work, seconds in ((self._look, interval), (self._look_slowly, SLOW))
         ]
+        self._driver = contextlib.ExitStack()
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
-        self._handles = _handles(self._cards)
+        if self._driver.enter_context(nvml.driver()):
+            self._handles = nvml.handles(self._cards)
+            self.samples.cards = [[] for _ in self._handles]
         self._find_tree()
         for thread in self._threads:
             thread.start()
@@ -96,10 +99,7 @@ class TreeSampler:
         self._over.set()
         for thread in self._threads:
             thread.join()
-        if self._handles:
-            import pynvml
-
-            pynvml.nvmlShutdown()
+        self._driver.close()
         if self._io:
             self.samples.read = sum(read for read, _ in self._io.values())
             self.samples.written = sum(written for _, written in self._io.values())
@@ -124,38 +124,27 @@ class TreeSampler:
             self._look_at_cards()
 
     def _look_at_cards(self) -> None:
-        import pynvml
-
-        moment, used, own = time.time(), 0, 0
-        for handle in self._handles:
-            used += int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-            with contextlib.suppress(pynvml.NVMLError):
-                for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                    if process.pid in self._tree and process.usedGpuMemory is not None:
-                        own += int(process.usedGpuMemory)
-                        self.samples.tells_processes = True
-        self.samples.device.append((moment, used))
-        self.samples.own.append((moment, own))
+        moment = time.time()
+        used = [nvml.used_bytes(handle) for handle in self._handles]
+        told = [nvml.process_bytes(handle) for handle in self._handles]
+        ours = [size for each in told for pid, size in (each or {}).items() if pid in self._tree and size is not None]
+        self.samples.tells_processes |= bool(ours)
+        if None not in used:
+            self.samples.device.append((moment, sum(size for size in used if size is not None)))
+        if None not in told:
+            self.samples.own.append((moment, sum(ours)))
 
     def _look_slowly(self) -> None:
         self._find_tree()
         self.samples.sizes.append((time.time(), sum(size_of(folder) for folder in self._folders)))
-        if self._handles:
-            self.samples.card.append(look_at(self._handles[0]))
+        for handle, seen in zip(self._handles, self.samples.cards, strict=True):
+            seen.append(look_at(handle))
 
     def _find_tree(self) -> None:
         """The processes of the tree; one that was seen stays known, so that what it did still counts."""
         with contextlib.suppress(psutil.Error):
             root = self._tree.get(self._root) or psutil.Process(self._root)
             self._tree = {each.pid: self._tree.get(each.pid, each) for each in [root, *root.children(recursive=True)]}
-
-
-def visible_cards(count: int) -> list[str]:
-    """The first `count` cards that CUDA_VISIBLE_DEVICES names, or the machine's first; none where it hides all."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is None:
-        return [str(number) for number in range(count)]
-    return [card.strip() for card in told.split(",") if card.strip() not in ("", "-1")][:count]
 
 
 def size_of(folder: Path) -> int:
@@ -180,34 +169,30 @@ def look_at(handle: Any) -> CardSample:
     """A card's clocks, power, temperature, use and energy counter now."""
     import pynvml
 
-    def asked(ask: Callable[..., float], *arguments: Any, unit: float = 1.0) -> float | None:
-        try:
-            return ask(handle, *arguments) * unit
-        except pynvml.NVMLError:
-            return None
+    def scaled(value: float | None, unit: float) -> float | None:
+        return None if value is None else value * unit
 
-    reasons = asked(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons)
-    try:
-        use: float | None = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
-    except pynvml.NVMLError:
-        use = None
+    use = nvml.ask(pynvml.nvmlDeviceGetUtilizationRates, handle)
     return CardSample(
         time=time.time(),
-        clock_mhz=asked(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
-        memory_clock_mhz=asked(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_MEM),
-        power_w=asked(pynvml.nvmlDeviceGetPowerUsage, unit=1e-3),
-        temperature_c=asked(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
-        utilisation_percent=use,
-        energy_j=asked(pynvml.nvmlDeviceGetTotalEnergyConsumption, unit=1e-3),
-        throttle=int(reasons or 0),
+        clock_mhz=nvml.ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        memory_clock_mhz=nvml.ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+        power_w=scaled(nvml.ask(pynvml.nvmlDeviceGetPowerUsage, handle), 1e-3),
+        temperature_c=nvml.ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+        utilisation_percent=None if use is None else use.gpu,
+        energy_j=scaled(nvml.ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle), 1e-3),
+        throttle=nvml.ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle),
     )
 
 
-def throttled(samples: Sequence[CardSample]) -> list[str]:
-    """The reasons for which the clocks were lowered in any sample."""
+def throttled(samples: Sequence[CardSample]) -> list[str] | None:
+    """The reasons for which the clocks were lowered in any sample; None when the card tells none of any."""
+    told = [sample.throttle for sample in samples if sample.throttle is not None]
+    if not told:
+        return None
     seen = 0
-    for sample in samples:
-        seen |= sample.throttle
+    for bits in told:
+        seen |= bits
     return [name for bit, name in _THROTTLE.items() if seen & bit]
 
 
@@ -231,13 +216,3 @@ def range_of(values: Sequence[float | None]) -> tuple[float, float, float] | Non
     """(least, median, most) of what was told; None when nothing was."""
     told = [value for value in values if value is not None]
     return (min(told), statistics.median(told), max(told)) if told else None
-
-
-def _handles(cards: Sequence[str]) -> list[Any]:
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    return [card_handle(card) for card in cards[: pynvml.nvmlDeviceGetCount()]]

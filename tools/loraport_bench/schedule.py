@@ -17,18 +17,29 @@ class Job:
     position: int
     tier: Tier
     profile: str
+    batch: int
     backend: str
     seed: int
     repeat: int
 
     @property
+    def group(self) -> tuple[Tier, str, int]:
+        """What it is compared within: (tier, profile, batch)."""
+        return self.tier, self.profile, self.batch
+
+    @property
     def key(self) -> str:
-        return f"{self.tier}/{self.profile}/{self.backend}/{self.seed}/{self.repeat}"
+        return f"{group_name(*self.group)}/{self.backend}/{self.seed}/{self.repeat}"
 
     @property
     def folder(self) -> str:
         """Name of its folder among the rows."""
         return self.key.replace("/", "-")
+
+
+def group_name(tier: str, profile: str, batch: int) -> str:
+    """What a group is called: `matched/fp8`, or `matched/fp8/batch-4`."""
+    return f"{tier}/{profile}" + ("" if batch == 1 else f"/batch-{batch}")
 
 
 def schedule(settings: Settings) -> list[Job]:
@@ -39,7 +50,8 @@ def schedule(settings: Settings) -> list[Job]:
         backends = settings.backends if repeat % 2 == 0 else settings.backends[::-1]
         for tier in settings.tiers:
             for profile in settings.profiles:
-                jobs += [(tier, profile, backend, seed, repeat) for backend in backends]
+                for batch in settings.batches:
+                    jobs += [(tier, profile, batch, backend, seed, repeat) for backend in backends]
     return [Job(position, *each) for position, each in enumerate(jobs)]
 
 
@@ -54,8 +66,8 @@ def expected_seconds(job: Job, done: Iterable[Run]) -> float | None:
     """How long a training will take: the median of those done that are most like it; None when nothing is known."""
     finished = [run for run in done if run.backend == job.backend and run.status != "refused"]
     for alike in (
-        [run for run in finished if run.group == (job.tier, job.profile)],
-        [run for run in finished if run.profile == job.profile],
+        [run for run in finished if run.group == job.group],
+        [run for run in finished if (run.profile, run.batch) == (job.profile, job.batch)],
         finished,
     ):
         if alike:

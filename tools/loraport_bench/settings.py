@@ -25,6 +25,7 @@ class Settings(Data):
     changes: dict[str, list[str]] = Field(default_factory=dict)  #: by backend: FIELD=VALUE for it alone
     backends: list[str]
     profiles: list[str]
+    batches: list[int]  #: of train.batch_size
     tiers: list[Tier]
     card: str | None  #: hardware profile for best effort; None: that of the machine's card
     repeats: int

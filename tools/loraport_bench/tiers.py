@@ -55,12 +55,12 @@ MEASURED = {
 }
 
 
-def content_of(settings: Settings, staged: Staged, backend: str, seed: int) -> dict[str, Any]:
+def content_of(settings: Settings, staged: Staged, backend: str, seed: int, batch: int) -> dict[str, Any]:
     """The spec of a run but for its memory section, as plain data: what all backends share, and what is for this one.
 
     Raises SpecError when the changes for this backend are no valid spec.
     """
-    given = dict(settings.given)
+    given = {**settings.given, "train": {**settings.given["train"], "batch_size": batch}}
     if (given["backend"]["name"] or DEFAULT_BACKEND) != backend:  # its options and interpreter are another trainer's
         given["backend"] = {"name": backend}
     spec = build_spec(given, settings.changes.get(backend), base=Path.cwd(), origin=f"the spec for {backend}").spec
@@ -94,13 +94,15 @@ def memory_of(settings: Settings, profile: str) -> dict[str, Any]:
     return _plain(memory.model_dump(mode="json"))
 
 
-def matched(settings: Settings, staged: Staged, profile: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def matched(
+    settings: Settings, staged: Staged, profile: str, batch: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The matched spec of each backend (seed and repeat left as they are), and what of it is not the given spec's, with
     why. Each field of COMMON takes its common value when more backends do that exactly than the spec's own.
 
     Raises SpecError when a change for one backend would have it do other work.
     """
-    contents = {name: content_of(settings, staged, name, settings.seeds[0]) for name in settings.backends}
+    contents = {name: content_of(settings, staged, name, settings.seeds[0], batch) for name in settings.backends}
     _refuse_different(contents)
     memory = memory_of(settings, profile)
     for content in contents.values():
@@ -117,13 +119,13 @@ def matched(settings: Settings, staged: Staged, profile: str) -> tuple[dict[str,
     return contents, changed
 
 
-def best_effort(settings: Settings, staged: Staged, profile: str, backend: str) -> dict[str, Any]:
+def best_effort(settings: Settings, staged: Staged, profile: str, batch: int, backend: str) -> dict[str, Any]:
     """The spec with the memory settings that are recommended for the card, mapped to what this backend can do.
 
     The hardware profile's settings count; of the quantisations that store weights as `profile` does, the one that
     computes in fewest bits which the backend takes, and compiling where it takes it.
     """
-    content = content_of(settings, staged, backend, settings.seeds[0])
+    content = content_of(settings, staged, backend, settings.seeds[0], batch)
     recommended = _recommended(settings)
     base = memory_of(settings, profile)
     found = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import cached_property
 from typing import get_args
 
 from loraport_bench.records import PhaseName, Results, Run
+from loraport_bench.schedule import group_name
 
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
 
@@ -108,20 +110,22 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that may be compared with each other: one tier, one quantisation."""
+    """Rows that may be compared with each other: one tier, one quantisation, one batch size."""
 
     tier: str
     profile: str
+    batch: int
     entries: list[Entry]
 
     @property
     def name(self) -> str:
-        return f"{self.tier}/{self.profile}"
+        return group_name(self.tier, self.profile, self.batch)
 
     @property
     def title(self) -> str:
         tier = "Matched" if self.tier == "matched" else "Best effort"
-        return f"{tier}, {'as the spec says' if self.profile == 'spec' else self.profile}"
+        batch = "" if self.batch == 1 else f", batch {self.batch}"
+        return f"{tier}, {'as the spec says' if self.profile == 'spec' else self.profile}{batch}"
 
     @cached_property
     def without(self) -> float | None:
@@ -144,17 +148,16 @@ class Group:
 
 
 def groups(results: Results) -> list[Group]:
-    """Every tier and quantisation, in the order in which they were asked for; the backends likewise."""
+    """Every tier, quantisation and batch size, in the order in which they were asked for; the backends likewise."""
     wanted = list(dict.fromkeys(run.group for run in results.runs))
-    order: dict[tuple[str, str], int] = {(tier, profile): n for n, (tier, profile) in enumerate(
-        (tier, profile) for tier in results.protocol.tiers for profile in results.protocol.profiles
-    )}  # fmt: skip
+    told = results.protocol
+    order = list(itertools.product(told.tiers, told.profiles, told.batches))
     found = []
-    for tier, profile in sorted(wanted, key=lambda group: order.get(group, len(order))):
-        rows = [run for run in results.runs if run.group == (tier, profile)]
+    for group in sorted(wanted, key=lambda each: order.index(each) if each in order else len(order)):
+        rows = [run for run in results.runs if run.group == group]
         names = dict.fromkeys([*results.protocol.backends, *(run.backend for run in rows)])
         entries = [Entry(name, [run for run in rows if run.backend == name]) for name in names]
-        found.append(Group(tier, profile, [one for one in entries if one.runs]))
+        found.append(Group(*group, [one for one in entries if one.runs]))
     return found
 
 

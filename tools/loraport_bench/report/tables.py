@@ -6,8 +6,9 @@ import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loraport_bench.records import Results, Run
+from loraport_bench.records import Card, Protocol, Results, Run
 from loraport_bench.report.numbers import Entry, Group, gib, joules, numbers, ranged, seconds
+from loraport_bench.schedule import group_name
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def resources(group: Group) -> Table:
         runs = one.good
         peaks = [run.torch_peaks for run in runs if run.torch_peaks]
         disks = [run.disk for run in runs if run.disk]
-        cards = [run.card for run in runs if run.card]
+        cards = [run.cards for run in runs if run.cards]
         cells = [
             one.host_bytes,
             numbers(each.allocated_bytes for each in peaks),
@@ -99,8 +100,8 @@ def resources(group: Group) -> Table:
             numbers(each.cache_bytes for each in disks),
             numbers(each.lora_bytes for each in disks),
         ]
-        power = numbers(each.power_w.median if each.power_w else None for each in cards)
-        clock = numbers(each.clock_mhz.median if each.clock_mhz else None for each in cards)
+        power = numbers(_power(each) for each in cards)
+        clock = numbers(card.clock_mhz.median if card.clock_mhz else None for each in cards for card in each)
         rows.append(
             (
                 one.backend,
@@ -110,6 +111,12 @@ def resources(group: Group) -> Table:
             )
         )
     return Table("What else it takes (medians of the repeats)", head, rows)
+
+
+def _power(cards: Sequence[Card]) -> float | None:
+    """Of all cards together; None where one doesn't tell its own."""
+    told = [card.power_w.median for card in cards if card.power_w]
+    return sum(told) if len(told) == len(cards) else None
 
 
 def work(group: Group) -> Table:
@@ -141,7 +148,7 @@ def overheads(results: Results) -> Table | None:
     rows = [
         (
             run.backend,
-            f"{run.tier}/{run.profile}",
+            group_name(*run.group),
             seconds(run.overhead.step_median_s),
             f"{100 * run.overhead.step_share:+.2f} %",
             seconds(run.overhead.run_s),
@@ -214,15 +221,29 @@ def _plain(value: object) -> str:
 
 
 def protocol(results: Results) -> list[tuple[str, str]]:
-    """How the bench was run, in pairs of a name and a text."""
-    told = results.protocol
+    """How the bench was run, in pairs of a name and a text. Of several benches: what each did otherwise, with its
+    name."""
+    if not results.sources:
+        return _protocol(results.protocol, results.spec_sha256, results.command)
+    told: dict[tuple[str, str], list[str]] = {}
+    for one in results.sources:
+        for pair in _protocol(one.protocol, one.spec_sha256, one.command):
+            told.setdefault(pair, []).append(one.place)
+    places = ", ".join(one.place for one in results.sources)
+    alike = [pair for pair, of in told.items() if len(of) == len(results.sources)]
+    apart = [(f"{name} ({', '.join(of)})", text) for (name, text), of in told.items() if (name, text) not in alike]
+    return [("Gathered from", places), *alike, *apart]
+
+
+def _protocol(told: Protocol, spec_sha256: str, command: str) -> list[tuple[str, str]]:
     seeds = ", ".join(map(str, told.seeds))
-    batch = "1 image a step" if told.images_a_step == 1 else f"{told.images_a_step} images a step"
+    sizes = " or ".join(map(str, told.images_a_step))
+    batch = "1 image" if told.images_a_step == [1] else f"{sizes} images"
     return [
         ("Order", f"{told.repeats} repeats, forwards and backwards in turn: {', '.join(told.backends)}; seeds {seeds}"),
         (
             "Steps",
-            f"{told.steps:,} optimizer steps a run of {batch}; the first {told.warm_up} are left out of the times",
+            f"{told.steps:,} optimizer steps a run, of {batch} each, of which the first {told.warm_up} are not timed",
         ),
         (
             "Images",
@@ -234,8 +255,8 @@ def protocol(results: Results) -> list[tuple[str, str]]:
         ("Limit", f"{told.time_limit_s:,.0f} s a run"),
         ("Matched tier", "exact in every backend: " + ", ".join(told.matched_fields)),
         *(("Changed by the bench", f"{path} = {why}") for path, why in told.changed.items()),
-        ("Spec", f"SHA-256 {results.spec_sha256}"),
-        ("Command", results.command),
+        ("Spec", f"SHA-256 {spec_sha256}"),
+        ("Command", command),
     ]
 
 
@@ -262,10 +283,12 @@ def machines(results: Results) -> list[tuple[str, str]]:
             busy = numbers(each.utilisation_percent for each in idle)
             use = f", at most {busy.high:.0f} % busy" if busy else ""
             pairs.append(("Before the runs", f"at most {gib(used.high)} of the card in use{use}"))
-        throttled = sorted({why for run in runs if run.card for why in run.card.throttled})
-        if any(run.card for run in runs):
-            pairs.append(("Clocks lowered", ", ".join(throttled) or "in no run"))
-        heat = numbers(run.card.temperature_c.high if run.card and run.card.temperature_c else None for run in runs)
+        cards = [card for run in runs for card in run.cards]
+        throttled = [card.throttled for card in cards if card.throttled is not None]
+        if throttled:
+            reasons = sorted({why for each in throttled for why in each})
+            pairs.append(("Clocks lowered", ", ".join(reasons) or "in no run"))
+        heat = numbers(card.temperature_c.high if card.temperature_c else None for card in cards)
         if heat:
             pairs.append(("Hottest", f"{heat.high:.0f} °C"))
     pairs.append(

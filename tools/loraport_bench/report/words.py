@@ -48,6 +48,9 @@ def under_headline(group: Group, results: Results) -> list[str]:
         notes.append(
             "Some trainers time their steps themselves, others are timed from outside: “clock” among all runs says."
         )
+    hosts = {(at.card, at.driver, at.processor) for one in good for run in one.good if (at := run.machine)}
+    if len(hosts) > 1:
+        notes.append("These runs were not all on the same hardware: “Machine” says which there were.")
     if group.tier == "best-effort":
         notes.append("Settings differ between the trainers here: each runs as it is recommended for the card.")
     return notes

@@ -6,6 +6,7 @@ import re
 from itertools import product
 
 from loraport.planning import SETS, Verdict, VerdictTable
+from loraport.sets import image_sets
 from loraport.spec.models import TrainSpec, leaf_fields, set_fields, value_at
 
 #: Below this rate ai-toolkit runs Prodigy at 1.
@@ -239,8 +240,13 @@ def _train(table: VerdictTable) -> None:
     table.exact("train.steps", reason="optimizer steps; a step that ran out of memory is skipped, counted and told")
     if train.batch_size == 1:
         table.exact("train.batch_size", reason="one image a step")
+    elif all(each.repeats % train.batch_size == 0 for each in image_sets(table.spec.dataset)):
+        table.exact("train.batch_size", reason="every size of image fills its batches, by the repeats")
     else:
-        table.approximated("train.batch_size", reason="a size with too few images repeats some to fill the batch")
+        table.approximated(
+            "train.batch_size",
+            reason="a size with too few images repeats some to fill the batch, unless repeats is a multiple of it",
+        )
     if train.gradient_accumulation == 1:
         table.exact("train.gradient_accumulation", reason="each step is one pass")
     else:

@@ -55,6 +55,8 @@ def test_what_does_not_go_together_is_refused_with_what_to_do(sections: dict[str
         ("model.revision", {"model": {"revision": "main"}}, Kind.REFUSED),
         ("model.dtype", {"model": {"dtype": "fp16"}}, Kind.REFUSED),
         ("train.learning_rate", {"train": {"optimizer": "prodigy", "learning_rate": 0.01}}, Kind.DEFAULTED),
+        ("train.batch_size", {"train": {"batch_size": 4}, "dataset": {"repeats": 6}}, Kind.APPROXIMATED),
+        ("train.batch_size", {"train": {"batch_size": 4}, "dataset": {"repeats": 8}}, Kind.EXACT),
         ("train.warmup_steps", {"train": {"warmup_steps": 5}}, Kind.EXACT),
         ("train.warmup_steps", {"train": {"warmup_steps": 5, "lr_scheduler": "cosine"}}, Kind.IGNORED),
         ("train.lr_cycles", {"train": {"lr_cycles": 3, "lr_scheduler": "cosine_with_restarts"}}, Kind.DEFAULTED),

@@ -110,7 +110,7 @@ def _split(key: str) -> tuple[str, str] | None:
     if not key.startswith((PREFIX, keys.TEXT_ENCODERS)):
         return None
     parts = keys.split(key)
-    return None if parts is None or parts[1] in _UNREAD else parts
+    return None if parts is None or parts[1] in _UNREAD or not key.endswith(parts[1]) else parts
 
 
 def _lost(family: str | None, name: str) -> bool:

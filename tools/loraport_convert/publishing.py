@@ -43,7 +43,8 @@ _MACHINE_PATH = re.compile(r"(?:^|[\s\"'=:,\[(])(?:/(?!/)[^\s/\"']+/|~/|[A-Za-z]
 class Target:
     """Where and how a LoRA is written. `dtype` None keeps each tensor's own.
 
-    `approximate` is for modules that the format cannot hold, or for all with `every`; `rank` is that of an SVD.
+    `approximate` is for modules that the format cannot hold, or for all with `every`; `rank` is that of an SVD. Keys
+    without a meaning that match `ignore` whole are left out, and the proof names them.
     """
 
     path: Path
@@ -53,20 +54,23 @@ class Target:
     approximate: Approximate | None = None
     rank: int = 64
     every: bool = False
+    ignore: re.Pattern[str] | None = None
 
 
 @dataclass(frozen=True)
 class Published:
     """A LoRA that is in its place. `approximated` modules differ by what the proof says of them; `norm` is that of
-    their changes by name."""
+    their changes by name, `ignored` the source's keys that were left out as asked."""
 
     path: Path
     proof: Proof
     approximated: tuple[str, ...]
     norms: Mapping[str, float]
+    ignored: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {"path": str(self.path), "approximated": list(self.approximated)} | self.proof.to_json()
+        asked = {"approximated": list(self.approximated), "ignored": list(self.ignored)}
+        return {"path": str(self.path)} | asked | self.proof.to_json()
 
 
 def check_target(target: Target, inputs: Collection[Path]) -> None:
@@ -93,22 +97,24 @@ def publish(source: LoraFile, target: Target, inputs: Collection[Path]) -> Publi
     what was asked within the dtype's rounding, and RunFolderError when it cannot be written; then there is no output.
     """
     check_target(target, inputs)
+    ignored = tuple(filter(target.ignore.fullmatch, source.unread)) if target.ignore is not None else ()
+    source = replace(source, unread=tuple(set(source.unread).difference(ignored)) if ignored else source.unread)
     with _draft_folder(target.path) as folder:
         draft = folder / target.path.name
         # The proof comes when the data is written: this leaves room for it in the header.
-        room = " " * (400 + sum(len(name) + 30 for name in source.modules))
+        room = " " * (400 + sum(len(name) + 30 for name in (*source.modules, *ignored)))
         lossy = _write(source, target, draft, carried(source.metadata) | {PROOF_KEY: room})
         kept = source.modules.keys() - lossy.keys() if target.dtype is None else set[str]()
         proof = prove(source, read_back(target.writer, draft), kept=kept)
         approximated = tuple(module.name for module in proof.modules if module.name in lossy and not module.ok)
         norms = {name: each.norm for name, each in lossy.items()}
-        published = Published(target.path, proof, approximated, norms)
+        published = Published(target.path, proof, approximated, norms, ignored)
         if reason := _refusal(proof, lossy):
             raise DataError(
                 f"{target.path} was not written, because it would not mean what the source means: {reason}.",
                 hint="Give --dtype fp32 where rounding is the reason."
                 if proof.worst and not proof.worst.ok
-                else "A key without a meaning would be lost without a word; please report the file's trainer.",
+                else "A key without a meaning would be lost without a word. To leave it out: --ignore 'PATTERN'.",
             )
         replace_metadata(draft, read_tensors(draft).metadata | {PROOF_KEY: _in_metadata(published)})
         text = json.dumps(published.to_json(), indent=2, allow_nan=False, ensure_ascii=False)
@@ -222,4 +228,6 @@ def _in_metadata(published: Published) -> str:
     proof = published.proof.to_json()
     differences = {row["name"]: row["difference"] and float(f"{row['difference']:.1e}") for row in proof["modules"]}
     short = {"exact": proof["ok"], "approximated": list(published.approximated), "differences": differences}
+    if published.ignored:
+        short["ignored"] = list(published.ignored)
     return json.dumps(short, separators=(",", ":"), ensure_ascii=False)

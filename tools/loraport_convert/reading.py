@@ -86,12 +86,17 @@ def read_back(dialect: Dialect, path: Path) -> LoraFile:
         return dialect.read_with_alpha(path, None)
 
 
+def expression_of(option: str, pattern: str) -> re.Pattern[str]:
+    """An option's regular expression. Raises DataError, naming the option, when it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise DataError(f"{option}: {pattern!r} is not a regular expression: {error}.") from error
+
+
 def only(lora: LoraFile, pattern: str) -> LoraFile:
     """The modules whose whole name matches a regular expression. Raises DataError when none does or it is none."""
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise DataError(f"--only: {pattern!r} is not a regular expression: {error}.") from error
+    expression = expression_of("--only", pattern)
     kept = [name for name in lora.modules if expression.fullmatch(name)]
     if not kept:
         some = ", ".join(list(lora.modules)[:3])

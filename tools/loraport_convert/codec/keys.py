@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from loraport.errors import DataError
+
 #: (up, down) endings in the order in which ComfyUI looks for them; of several pairs it applies the first.
 LOW_RANK = [
     (".lora_up.weight", ".lora_down.weight"),
@@ -92,6 +94,8 @@ _DOTTED = {
 _WRAPPERS = re.compile(
     r"(?:(?:base_model\.model|model\.diffusion_model|diffusion_model|transformer|unet|pipe\.dit|dit)\.)+"
 )
+#: PEFT puts the adapter's name before `weight`; `default` is what it is called unless somebody names it.
+_NAMED_ADAPTER = re.compile(r"(.+)\.(lora_[AB]|lora_magnitude_vector)\.(\w+)\.weight$")
 _PROCESSOR = re.compile(r"\.processor(?=\.|$)|_processor(?=_)")
 
 
@@ -120,19 +124,27 @@ def _split(key: str) -> tuple[str, str] | None:
             found = dot  # a longer ending counts more
     if found < 0:
         found = next((len(key) - len(end) for end in _UNDERSCORED if key.endswith(end)), -1)
+    if found < 0 and (named := _NAMED_ADAPTER.match(key)):
+        return named[1], f".{named[2]}.default.weight"
     return None if found < 0 else (key[:found], key[found:])
 
 
 def grouped(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module → ending → key, and the keys whose ending means nothing."""
+    """Module → ending → key, and the keys whose ending means nothing.
+
+    Raises DataError where a module has adapters of several names.
+    """
     modules: dict[str, dict[str, str]] = {}
     odd = []
     for key in keys:
         parts = split(key)
         if parts is None:
             odd.append(key)
-        else:
-            modules.setdefault(parts[0], {})[parts[1]] = key
+        elif (other := modules.setdefault(parts[0], {}).setdefault(parts[1], key)) != key:
+            raise DataError(
+                f"One file holds several adapters for the module {parts[0]}: {other} and {key}.",
+                hint="Save each adapter in a file of its own, then `loraport merge` them as you like.",
+            )
     return modules, odd
 
 

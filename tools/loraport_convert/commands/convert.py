@@ -48,6 +48,10 @@ Rank = Annotated[int, typer.Option("--rank", min=1, help="The rank of --approxim
 Only = Annotated[
     str | None, typer.Option("--only", metavar="PATTERN", help="Only modules whose whole name matches this expression.")
 ]
+Ignore = Annotated[
+    str | None,
+    typer.Option("--ignore", metavar="PATTERN", help="Leave out keys that match whole and that no module is made of."),
+]
 DoraAs = Annotated[
     Literal["rescale", "diff"],
     typer.Option(
@@ -71,6 +75,7 @@ def add_commands(cli: typer.Typer) -> None:
         dora: DoraAs = "rescale",
         dtype: DtypeOption = "keep",
         only: Only = None,
+        ignore: Ignore = None,
         approximate: Approximation = None,
         rank: Rank = 64,
         overwrite: Overwrite = False,
@@ -80,12 +85,13 @@ def add_commands(cli: typer.Typer) -> None:
         from loraport.plugins import plugins
         from loraport_convert.base_weights import with_base
         from loraport_convert.publishing import Target, check_target, publish
-        from loraport_convert.reading import lora_file, lora_files, read_lora
+        from loraport_convert.reading import expression_of, lora_file, lora_files, read_lora
         from loraport_convert.reading import only as only_modules
 
         scale, writer = scale_of(alpha, assume_alpha), writer_named(to)
         if dora == "diff" and base is None:
             raise DataError("--dora diff needs the base weights.", hint="Give them with --base MODEL.")
+        left_out = None if ignore is None else expression_of("--ignore", ignore)
         dialects = plugins().dialects()
         folder = len(files) > 1 or lora_file(files[0]).is_dir()
         sources = [
@@ -99,7 +105,7 @@ def add_commands(cli: typer.Typer) -> None:
         failed = 0
         for source, place in jobs.items():
             try:
-                target = Target(place, writer, dtype_of(dtype), overwrite, approximate, rank)
+                target = Target(place, writer, dtype_of(dtype), overwrite, approximate, rank, ignore=left_out)
                 check_target(target, sources)
                 found = read_lora(source, dialects, scale, family)
                 lora = found.lora if only is None else only_modules(found.lora, only)
@@ -178,6 +184,8 @@ def _tell(found: Found, published: Published, said: bool, as_json: bool) -> None
         notes.append(f"{found.path} tells its scale itself, so --alpha was not needed")
     if found.lora.family is None:
         notes.append(f"{found.path} is of a family that LoraPort does not know: its module names were kept as they are")
+    if ignored := published.ignored:
+        notes.append(f"{len(ignored)} keys were left out as asked, such as {ignored[0]}")
     if zeros := published.proof.zeros:
         notes.append(f"{len(zeros)} modules change nothing, such as {zeros[0]}")
     for note in notes:

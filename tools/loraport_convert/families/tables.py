@@ -35,6 +35,10 @@ _DOUBLE_BLOCKS = """
     double_blocks.#.txt_attn.proj = transformer_blocks.#.attn.to_add_out
     img_in = x_embedder
     txt_in = context_embedder
+    double_blocks.#.img_attn.qkv <- double_blocks.#.img_attn_qkv
+    double_blocks.#.img_attn.proj <- double_blocks.#.img_attn_proj
+    double_blocks.#.txt_attn.qkv <- double_blocks.#.txt_attn_qkv
+    double_blocks.#.txt_attn.proj <- double_blocks.#.txt_attn_proj
     final_layer.linear = proj_out
     final_layer.adaLN_modulation.1 ~ norm_out.linear
 """

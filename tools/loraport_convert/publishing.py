@@ -98,7 +98,8 @@ def publish(source: LoraFile, target: Target, inputs: Collection[Path]) -> Publi
     """
     check_target(target, inputs)
     ignored = tuple(filter(target.ignore.fullmatch, source.unread)) if target.ignore is not None else ()
-    source = replace(source, unread=tuple(set(source.unread).difference(ignored)) if ignored else source.unread)
+    left_out = set(ignored)
+    source = replace(source, unread=tuple(key for key in source.unread if key not in left_out))
     with _draft_folder(target.path) as folder:
         draft = folder / target.path.name
         # The proof comes when the data is written: this leaves room for it in the header.

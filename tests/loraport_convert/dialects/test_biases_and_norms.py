@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from lora_reports import report
 
 from loraport.errors import DataError
 from loraport.lora.dialect import detect_dialect
@@ -72,6 +73,12 @@ PLACES = {
 }
 
 
+@report(
+    "Comfy-Org/ComfyUI#1347",
+    "Comfy-Org/ComfyUI#1467",
+    wrong="LyCORIS' trained norms (`w_norm`, `b_norm`) and biases (`diff_b`) of whole modules are not loaded.",
+    now="Each goes where ComfyUI looks for it, bit for bit; one that the model does not have is refused by name.",
+)
 @pytest.mark.parametrize("family", PLACES)
 def test_each_goes_where_comfyui_looks_for_it_bit_for_bit(converted, family):
     tensors = {key: random(H) for key in PLACES[family]}
@@ -85,8 +92,12 @@ def test_each_goes_where_comfyui_looks_for_it_bit_for_bit(converted, family):
         np.testing.assert_array_equal(found[place], tensors[key])
 
 
+@report(
+    "Comfy-Org/ComfyUI#8922",
+    wrong="Wan's distilled LoRAs: `diff_m` is not loaded.",
+    now="It becomes the change of `modulation`, which ComfyUI loads; biases and norms stay, bit for bit.",
+)
 def test_a_distilled_lora_of_wan_keeps_its_biases_norms_and_modulations(converted):
-    """Comfy-Org/ComfyUI#8922: `diff_m` is not loaded."""
     key = "diffusion_model.blocks.0"
     tensors = {
         **pair(f"{key}.self_attn.q"),

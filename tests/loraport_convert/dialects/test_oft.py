@@ -3,6 +3,7 @@ rule."""
 
 import numpy as np
 import pytest
+from lora_reports import report
 
 from loraport.errors import DataError
 from loraport.lora.dialect import detect_dialect
@@ -87,9 +88,13 @@ def test_a_fused_oft_comes_apart_between_its_blocks(converted):
         converted({f"{key}.oft_blocks": random(3, 8, 8)}, "krea2")
 
 
+@report(
+    "Comfy-Org/ComfyUI#5230",
+    wrong="sd-scripts' OFT of FLUX.1 (`oft_unet_…oft_blocks.0`) is not loaded.",
+    now="Its blocks become the one tensor that ComfyUI reads, its bound worked in.",
+)
 @pytest.mark.parametrize("alpha", [1e-3, 10.0])
 def test_sd_scripts_blocks_of_each_part_become_one_tensor_within_the_bound_they_were_trained_with(converted, alpha):
-    """Comfy-Org/ComfyUI#5230: OFT of FLUX.1, where the MLP's blocks are four times as large."""
     key = "oft_unet_single_blocks_7_linear1"
     rows = [H, H, H, 4 * H]
     parts = [random(4, size // 4, size // 4) for size in rows]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_reports import report
 
 from loraport.errors import DataError
 from loraport.lora.canonical import LoKr
@@ -57,8 +58,13 @@ def written(lora, tmp_path, dtype=None):
     return ComfyUI().read(tmp_path / "comfy.safetensors")
 
 
+@report(
+    "Comfy-Org/ComfyUI#14477",
+    "Nerogar/OneTrainer#1522",
+    wrong="Ideogram 4's split `to_q`, `to_k`, `to_v` do not load; renamed by hand, they give rubbish.",
+    now="The three become `qkv` at rank 3r, exactly.",
+)
 def test_split_ideogram_attention_becomes_the_fused_one_at_rank_three_r(read, tmp_path):
-    """ComfyUI#14477: to_q, to_k and to_v do not load. OneTrainer#1522: converted by hand, they give garbage."""
     tensors = {}
     for part in ("to_q", "to_k", "to_v"):
         tensors |= pair(f"transformer.layers.0.attention.{part}", rank=2, alpha=8)
@@ -78,9 +84,13 @@ def test_split_ideogram_attention_becomes_the_fused_one_at_rank_three_r(read, tm
         assert np.linalg.norm(change(module) - wrong) > 0.3 * np.linalg.norm(expected)
 
 
+@report(
+    "Comfy-Org/ComfyUI#12191",
+    wrong="alpha 64 at rank 16 is not in the file; it needs a strength of about 3.",
+    now="It stops and asks for the alpha; nothing is taken at 1 in silence.",
+)
 @pytest.mark.parametrize("metadata", [{}, {"format": "pt"}])
 def test_a_file_that_lost_its_alpha_is_not_taken_at_strength_one(read, metadata):
-    """ComfyUI#12191: alpha 64 at rank 16 was lost, and the LoRA needed a strength of about 3 to show."""
     tensors = pair("transformer.transformer_blocks.0.img_mlp.net.2", rank=16)
     with pytest.raises(UnknownScale, match=r"rank 16, have no alpha.*\n.*--alpha"):
         read(tensors, metadata)
@@ -88,14 +98,22 @@ def test_a_file_that_lost_its_alpha_is_not_taken_at_strength_one(read, metadata)
     assert read(tensors, metadata, alpha=(None,)).modules["transformer_blocks.0.img_mlp.net.2"].scale == 1.0
 
 
+@report(
+    "Comfy-Org/ComfyUI#6909",
+    wrong="Rank 32 with alpha 1 seems to do nothing.",
+    now="The scale stays 1/32, for that is what was trained.",
+)
 def test_rank_32_with_alpha_1_stays_that_weak(read):
-    """ComfyUI#6909."""
     tensors = pair("lora_unet_double_blocks_0_img_mlp_0", 48, H, 32, ("lora_down.weight", "lora_up.weight"), alpha=1)
     assert read(tensors).modules["double_blocks.0.img_mlp.0"].scale == 1 / 32
 
 
+@report(
+    "huggingface/diffusers#14088",
+    wrong="alpha is wrong where ranks differ between modules.",
+    now="Alpha and rank patterns and rsLoRA count, for each module.",
+)
 def test_patterns_of_alpha_and_rank_and_rslora_count(read):
-    """diffusers#14088: alpha was mishandled where ranks differ."""
     told = {
         "transformer.r": 4,
         "transformer.lora_alpha": 8,
@@ -112,9 +130,13 @@ def test_patterns_of_alpha_and_rank_and_rslora_count(read):
         assert found == pytest.approx(scales)
 
 
+@report(
+    "Comfy-Org/ComfyUI#15114",
+    wrong="A LoKr with two whole factors: one program divides by its alpha, the other does not.",
+    now="Its alpha means nothing, also where it is 9999999999; the numbers stay.",
+)
 @pytest.mark.parametrize("alpha", [1.0, 9999999999.0, np.inf])
 def test_alpha_means_nothing_where_both_factors_of_a_lokr_are_whole(read, tmp_path, alpha):
-    """ComfyUI#15114, and ai-toolkit's alpha of 9999999999, which is infinite in fp16."""
     tensors = lokr("lycoris_layers_0_attention_qkv", (9, 2), (4, 6), alpha=alpha)
     found = read(tensors, IDEOGRAM)
     expected = np.kron(
@@ -124,9 +146,13 @@ def test_alpha_means_nothing_where_both_factors_of_a_lokr_are_whole(read, tmp_pa
     np.testing.assert_allclose(change(written(found, tmp_path).modules["layers.0.attention.qkv"]), expected)
 
 
+@report(
+    "Comfy-Org/ComfyUI#12938",
+    wrong="A `dora_scale` with one axis is applied along the wrong one.",
+    now="Read by rows, rescaled with the base to ComfyUI's rule, written as (out, 1).",
+)
 @pytest.mark.parametrize("shape", [(H,), (H, 1)])
 def test_a_dora_magnitude_becomes_what_comfyui_divides_as_it_was_trained(read, tmp_path, shape):
-    """ComfyUI#12938: a one-dimensional dora_scale is applied wrongly without a word."""
     key = "lora_unet_layers_0_attention_o"
     tensors = pair(key, halves=("lora_down.weight", "lora_up.weight"), alpha=2)
     weight, magnitude = random(H, H), np.abs(random(H)) + 1
@@ -137,9 +163,14 @@ def test_a_dora_magnitude_becomes_what_comfyui_divides_as_it_was_trained(read, t
     np.testing.assert_allclose(module.dora.gain()[:, None] * merged, trained, rtol=1e-6)
 
 
+@report(
+    "Comfy-Org/ComfyUI#3494",
+    "Comfy-Org/ComfyUI#4259",
+    wrong="PEFT's magnitude is not loaded, and the DoRA is applied as a plain LoRA.",
+    now="Read, and refused without the base weights that it needs; never dropped.",
+)
 @pytest.mark.parametrize("ending", ["lora_magnitude_vector", "lora_magnitude_vector.default.weight"])
 def test_pefts_magnitude_vector_is_read_and_never_dropped(read, tmp_path, ending):
-    """ComfyUI#3494 and #4259: the vector is unmapped, while A and B are applied as a plain LoRA."""
     tensors = pair("transformer.layers.0.attention.to_out.0", alpha=2)
     tensors[f"transformer.layers.0.attention.to_out.0.{ending}"] = np.ones(H, np.float32)
     found = read(tensors, IDEOGRAM)
@@ -150,9 +181,13 @@ def test_pefts_magnitude_vector_is_read_and_never_dropped(read, tmp_path, ending
         written(found, tmp_path)
 
 
+@report(
+    "Comfy-Org/ComfyUI#12452",
+    wrong="SDXL: attention under `unet.` does not load.",
+    now="Native names, all of it.",
+)
 @pytest.mark.parametrize("middle", ["attn1.to_q", "attn1.processor.to_q", "attn2.to_out.0"])
 def test_sdxl_attention_by_diffusers_names_loads(read, tmp_path, middle):
-    """ComfyUI#12452."""
     tensors = pair(f"unet.down_blocks.1.attentions.0.transformer_blocks.1.{middle}", alpha=2)
     module = middle.replace("processor.", "")
     assert list(written(read(tensors), tmp_path).modules) == [f"input_blocks.4.1.transformer_blocks.1.{module}"]
@@ -168,35 +203,59 @@ def test_diffusers_old_attention_processors_load(read):
     }
 
 
+@report(
+    "Comfy-Org/ComfyUI#8285",
+    "Comfy-Org/ComfyUI#9043",
+    wrong="Wan: LyCORIS files under diffusers' names do not load.",
+    now="Native names, all of it.",
+)
 @pytest.mark.parametrize(
     "prefix", ["lycoris_blocks_3_attn1_to_q", "transformer.blocks.3.attn1.to_q", "lora_unet__blocks_3_self_attn_q"]
 )
 def test_wan_lokr_by_any_name_loads(read, tmp_path, prefix):
-    """ComfyUI#8285 and #9043."""
     assert list(written(read(lokr(prefix)), tmp_path).modules) == ["blocks.3.self_attn.q"]
 
 
+@report(
+    "nv-tlabs/ChronoEdit#22",
+    "modelscope/DiffSynth-Studio#1117",
+    wrong="DiffSynth's keys end in `.default.weight` and have no prefix.",
+    now="Both are put right.",
+)
 def test_a_default_adapter_name_and_a_missing_prefix_are_understood(read, tmp_path):
-    """ChronoEdit#22 and DiffSynth-Studio#1117: strip `.default`, add a prefix."""
     tensors = pair("blocks.0.cross_attn.k", halves=("lora_A.default.weight", "lora_B.default.weight"))
     assert list(written(read(tensors, alpha=(None,)), tmp_path).modules) == ["blocks.0.cross_attn.k"]
 
 
+@report(
+    "Comfy-Org/ComfyUI#4347",
+    "bghira/SimpleTuner#779",
+    wrong="Keys begin with `transformer.base_model.model.`, some twice.",
+    now="Wrappers are taken off as often as they are there.",
+)
 def test_a_doubled_prefix_is_taken_off(read):
-    """ComfyUI#4347 and SimpleTuner#779."""
     key = "transformer.base_model.model.transformer.base_model.model.single_transformer_blocks.7.proj_out"
     assert list(read(pair(key, alpha=1)).modules) == ["single_blocks.7.linear2"]
 
 
+@report(
+    "Comfy-Org/ComfyUI#9213",
+    wrong="Qwen-Image with `lora.up` and `lora.down`.",
+    now="Read and written with the usual endings.",
+)
 def test_qwen_with_the_old_endings_loads(read):
-    """ComfyUI#9213."""
     tensors = pair("transformer_blocks.5.img_mlp.net.2", halves=("lora.down.weight", "lora.up.weight"), alpha=1)
     assert list(read(tensors).modules) == ["transformer_blocks.5.img_mlp.net.2"]
 
 
+@report(
+    "Comfy-Org/ComfyUI#11487",
+    "kohya-ss/musubi-tuner#770",
+    wrong="Z-Image: `lora_unet_…_attention_to_q` and the like do not load.",
+    now="The three become `qkv` at rank 3r, exactly.",
+)
 @pytest.mark.parametrize("prefix", ["lora_unet_layers_2_attention_{}", "diffusion_model.layers.2.attention.{}"])
 def test_split_attention_of_z_image_is_fused(read, tmp_path, prefix):
-    """ComfyUI#11487, musubi-tuner#770."""
     tensors = {}
     for part in ("to_q", "to_k", "to_v"):
         key = prefix.format(part)
@@ -205,8 +264,13 @@ def test_split_attention_of_z_image_is_fused(read, tmp_path, prefix):
     assert {name: module.factors.rank for name, module in found.modules.items()} == {"layers.2.attention.qkv": 6}
 
 
+@report(
+    "ostris/ai-toolkit#538",
+    "Comfy-Org/ComfyUI#10973",
+    wrong="Z-Image: split attention, with LoKr too, does not load.",
+    now="LoRA is exact; of three LoKr it says that no single one is, and offers `--approximate`.",
+)
 def test_three_lokr_are_not_one_and_that_is_said(read, tmp_path):
-    """ai-toolkit#538: LoKr on the split attention of Z-Image. No single LoKr equals three in general."""
     tensors = {}
     for part in ("to_q", "to_k", "to_v"):
         tensors |= lokr(f"diffusion_model.layers.2.attention.{part}")
@@ -230,8 +294,13 @@ def test_lokr_that_share_their_second_factor_stay_one_lokr(read):
     assert module.factors.w1.shape == (9, 2)
 
 
+@report(
+    "bghira/SimpleTuner#3222",
+    "Comfy-Org/ComfyUI#16234",
+    wrong="Krea 2: a LoKr with DoRA on `to_qkv`, for which ComfyUI has no place.",
+    now="Split into `wq`, `wk`, `wv`, exactly, with its scales.",
+)
 def test_a_fused_lokr_with_dora_of_krea_2_is_split_into_three_modules(read):
-    """SimpleTuner#3222 and ComfyUI#16234: `to_qkv` has no place in ComfyUI's Krea 2. Query has four times the rows."""
     key = "lycoris_transformer_blocks_0_attn_to_qkv"
     tensors = {**lokr(key, (6, 2), (4, 6)), f"{key}.dora_scale": np.arange(1, 25, dtype=np.float32)[:, None]}
     found = read(tensors)
@@ -243,8 +312,13 @@ def test_a_fused_lokr_with_dora_of_krea_2_is_split_into_three_modules(read):
         np.testing.assert_array_equal(module.dora.trained, np.arange(start + 1, stop + 1))
 
 
+@report(
+    "bghira/SimpleTuner#2439",
+    "Comfy-Org/ComfyUI#11926",
+    wrong="FLUX.2: keys under diffusers' names are missing in ComfyUI.",
+    now="Native names, the seven modules that the blocks share too.",
+)
 def test_flux_2_lokr_finds_the_modules_that_comfyui_has_no_diffusers_name_for(read):
-    """SimpleTuner#2439, and the seven modules of FLUX.2 that only native names reach."""
     names = {
         "double_stream_modulation_img_linear": "double_stream_modulation_img.lin",
         "single_stream_modulation_linear": "single_stream_modulation.lin",
@@ -273,8 +347,12 @@ def both_names(disagree):
     return tensors
 
 
+@report(
+    "huggingface/diffusers#13203",
+    wrong="One file holds both `qkv` and `to_q`, `to_k`, `to_v`.",
+    now="It counts once where the two agree, and is refused where they do not.",
+)
 def test_a_module_under_two_names_that_agree_counts_once(read):
-    """diffusers#13203: `qkv` and `to_q` in one file. ComfyUI may add both."""
     tensors = both_names(disagree=False)
     module = read(tensors, {FAMILY_KEY: "z-image"}).modules["layers.0.attention.qkv"]
     native = "lora_unet_layers_0_attention_qkv"

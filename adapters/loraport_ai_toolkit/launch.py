@@ -45,8 +45,12 @@ from loraport_ai_toolkit.translate import caption_extension
 
 TINY_RUN = Path(__file__).with_name("tiny_run.py")
 
-#: Variables that would steer ai-toolkit, or its accelerate, from outside the spec.
-_STRAY = ("SEED", "DEBUG_TOOLKIT", "MODELS_PATH", "AITK_JOB_ID", "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
+#: Variables that would steer ai-toolkit, its accelerate or its Python from outside the spec. With PYTHONSAFEPATH it would
+#: not find its own modules, which lie beside run.py.
+_STRAY = (
+    *("SEED", "DEBUG_TOOLKIT", "MODELS_PATH", "AITK_JOB_ID"),
+    *("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONSAFEPATH"),
+)
 _NAME = "ai-toolkit"
 _POLL = 0.3  # seconds between looks at the databases
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL

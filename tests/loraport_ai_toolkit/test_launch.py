@@ -156,6 +156,7 @@ def test_stray_variables_do_not_reach_the_trainer_and_no_variable_is_put_into_th
 ) -> None:
     monkeypatch.setenv("SEED", "1")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # with it, run.py would not find what lies beside it
 
     _, output = ended(
         launch(
@@ -170,6 +171,7 @@ def test_stray_variables_do_not_reach_the_trainer_and_no_variable_is_put_into_th
     found = json.loads(next(line for line in output.splitlines() if line.startswith("ENV "))[4:])
     assert "SEED" not in found
     assert "ACCELERATE_MIXED_PRECISION" not in found
+    assert "PYTHONSAFEPATH" not in found
     assert found["CUDA_VISIBLE_DEVICES"] == "1"
     assert "${" not in (run_dir / layout.JOB).read_text()
     assert 'WITH [{"prompt": "${HOME}"}]' in output

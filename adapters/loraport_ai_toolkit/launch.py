@@ -45,8 +45,8 @@ from loraport_ai_toolkit.translate import caption_extension
 
 TINY_RUN = Path(__file__).with_name("tiny_run.py")
 
-#: Variables that would steer ai-toolkit, its accelerate or its Python from outside the spec. With PYTHONSAFEPATH it would
-#: not find its own modules, which lie beside run.py.
+#: Variables that would steer ai-toolkit, its accelerate or its Python from outside the spec. With PYTHONSAFEPATH it
+#: would not find its own modules, which lie beside run.py.
 _STRAY = (
     *("SEED", "DEBUG_TOOLKIT", "MODELS_PATH", "AITK_JOB_ID"),
     *("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONSAFEPATH"),

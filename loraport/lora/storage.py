@@ -6,16 +6,17 @@ numpy side knows neither bf16 nor fp8 in every release.
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import mmap
+import os
 import struct
-import sys
+import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +25,9 @@ from safetensors import SafetensorError, safe_open
 
 from loraport.errors import DataError
 from loraport.files import atomic_path
+from loraport.lora.bits import all_finite
 from loraport.lora.canonical import Array
+from loraport.lora.ondisk import Bytes, OnDisk
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     code: np.dtype(kind).newbyteorder("<")
@@ -45,8 +48,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 _MOST_AXES, _MOST_NUMBERS = 8, 1 << 48
-_WORTH_A_MAP = 1 << 20  # bytes
-_POPULATE_READ = 22  # Python's mmap has no name for it
+_LARGE = 1 << 16  # bytes from which a tensor is worth reading by its rows
+_LONGEST_ROW = 1 << 20  # bytes
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
@@ -67,6 +70,7 @@ class Tensors(Mapping[str, Array]):
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._header = header
         self._start = start
+        self._file = _File(path)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -84,6 +88,28 @@ class Tensors(Mapping[str, Array]):
         return max((entry["data_offsets"][1] for entry in self._header.values()), default=0)
 
     def __getitem__(self, name: str) -> Array:
+        dtype, start, size = self._place(name)
+        raw = np.empty(size, np.uint8)
+        self._file.read(start, raw, name)
+        shape = self._header[name]["shape"]
+        try:
+            return raw.view(dtype).reshape(shape)
+        except (ValueError, OverflowError) as error:
+            raise DataError(f"{self.path}: tensor {name} has the shape {shape}, which no array can.") from error
+
+    def on_disk(self, name: str) -> Array:
+        """A tensor that is read some rows at a time, as an `OnDisk`, where it is large enough for that to be worth it.
+
+        It stands for an array and is typed as one. Where it is read, DataError tells of NaN and infinity.
+        """
+        dtype, start, size = self._place(name)
+        shape = self.shapes[name]
+        if size < _LARGE or len(shape) < 2 or size // shape[0] > _LONGEST_ROW:
+            return self[name]
+        return cast(Array, Stored(self._file, name, start, shape, dtype))
+
+    def _place(self, name: str) -> tuple[np.dtype[Any], int, int]:
+        """(dtype, first byte in the file, number of bytes)."""
         entry = self._header[name]
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
@@ -92,24 +118,7 @@ class Tensors(Mapping[str, Array]):
                 f"Known: {', '.join(_DTYPES)}."
             )
         begin, end = entry["data_offsets"]
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                raw = _mapped(file, self._start + begin, end - begin)
-                whole = raw is not None
-                if raw is None:
-                    raw = np.empty(end - begin, np.uint8)
-                    file.seek(self._start + begin)
-                    whole = _fill(file, raw) == end - begin
-        except OSError as error:
-            raise DataError(f"{self.path}: tensor {name} cannot be read: {error.strerror or error}.") from error
-        if not whole:
-            raise DataError(f"{self.path}: tensor {name} is cut short; the file changed while it was being read.")
-        try:
-            return raw.view(dtype).reshape(entry["shape"])
-        except (ValueError, OverflowError) as error:
-            raise DataError(
-                f"{self.path}: tensor {name} has the shape {entry['shape']}, which no array can."
-            ) from error
+        return dtype, self._start + begin, end - begin
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._header)
@@ -161,34 +170,59 @@ def _refuse_what_is_no_file(path: Path) -> None:
         )
 
 
-def _mapped(file: io.FileIO, start: int, size: int) -> NDArray[np.uint8] | None:
-    """That part of a file as memory of the kernel's, which takes no copy; a change of the array stays in memory. None
-    where it is too small to be worth it, begins where numpy is slow to compare it (not at a multiple of 8), or the
-    system cannot say beforehand whether all of it can be read.
+class _File:
+    """A file that stays open for as long as any of its tensors is used, also when it is replaced meanwhile."""
 
-    Linux 5.14 can (madvise(2), MADV_POPULATE_READ): elsewhere a file cut short, or a disk that fails, would end the
-    process with a signal.
-    """
-    if size < _WORTH_A_MAP or start % 8 or not sys.platform.startswith("linux"):
-        return None
-    ahead = start % mmap.ALLOCATIONGRANULARITY
-    try:
-        part = mmap.mmap(file.fileno(), ahead + size, access=mmap.ACCESS_COPY, offset=start - ahead)
-        part.madvise(_POPULATE_READ)
-    except (OSError, ValueError):
-        return None
-    return np.frombuffer(part, np.uint8, size, ahead)
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor: int | None = None
+        self._lock = Lock()
+
+    def read(self, start: int, raw: NDArray[np.uint8], name: str) -> None:
+        """Fill `raw` with the bytes of the tensor `name` from `start` on. It is not mapped, because a file that is cut
+        short, or a disk that fails, would then end the process with a signal."""
+        done, view = 0, raw.reshape(-1).data
+        try:
+            if self._descriptor is None:
+                self._open()
+            assert self._descriptor is not None
+            while done < len(view):  # one system call gives 2 GiB at most
+                count = os.preadv(self._descriptor, [view[done:]], start + done)
+                if not count:
+                    raise DataError(
+                        f"{self.path}: tensor {name} is cut short; the file changed while it was being read."
+                    )
+                done += count
+        except OSError as error:
+            raise DataError(f"{self.path}: tensor {name} cannot be read: {error.strerror or error}.") from error
+
+    def _open(self) -> None:
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                weakref.finalize(self, os.close, self._descriptor)
 
 
-def _fill(file: io.FileIO, raw: NDArray[np.uint8]) -> int:
-    """Read until `raw` is full or the file ends: one system call gives 2 GiB at most. Returns the bytes read."""
-    done, view = 0, raw.data
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            break
-        done += count
-    return done
+@dataclass(frozen=True, eq=False)
+class Stored(OnDisk):
+    """A tensor of a file, or some rows of one, whose first byte is the file's `start`-th."""
+
+    file: _File
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def rows(self, start: int, stop: int) -> Stored:
+        return replace(self, start=self.start + start * self.row_bytes, shape=(stop - start, *self.shape[1:]))
+
+    def fill(self, first: int, out: Bytes, checked: bool) -> None:
+        self.file.read(self.start + first * self.row_bytes, out, self.name)
+        if checked and not all_finite(out.reshape(-1).view(self.dtype)):
+            raise DataError(
+                f"{self.file.path}: tensor {self.name} holds NaN or infinity.",
+                hint="The file is damaged or the training diverged: use an earlier checkpoint.",
+            )
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from loraport.files import atomic_path
 from loraport.lora.canonical import Array
+from loraport.lora.ondisk import OnDisk
 from loraport.lora.storage import entry_of, header_text, raw_bytes, read_tensors
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 _SMALL = 1 << 16  # bytes
 _CHUNK = 1 << 24  # bytes
+_WRITERS = 2  # while one writes, the other reads: the kernel lets one write to a file at a time
+_PIECE = 1 << 23  # bytes of an array on disk that one of them copies
+_MOST_WAITING = 1 << 25  # bytes that wait to be written
 _SYNCED = 1 << 27  # bytes that wait for the disk at most before it is asked to take them
 _PAGE = 4096
 _MOST_SPACES = 100  # the least size of the data over that of unused room
@@ -34,68 +39,110 @@ def stream_tensors(
 ) -> None:
     """Write `tensors` as they come, as one step: the old file stays until the new one is whole.
 
-    Memory is that of one tensor and of those of other element sizes together. `room` is a guess, in bytes, at the
-    header and the wider tensors; when it is too little, or far too much for the file, what was written is moved once,
-    in place. The disk takes what is written while the rest comes. Raises RunFolderError when the place cannot be
-    written, and whatever `tensors` raises; then nothing is left behind.
+    Memory is that of some tensors, next to none for those on disk, and of those of other element sizes together. `room`
+    is a guess, in bytes, at the header and the wider tensors; when it is too little, or far too much for the file, what
+    was written is moved once, in place. The disk takes what is written while the rest comes. Raises RunFolderError when
+    the place cannot be written, and whatever `tensors` raises; then nothing is left behind.
     """
-    with atomic_path(path) as draft, open(draft, "w+b") as file, _Syncing(file) as syncing:
-        _stream(file, tensors, metadata, room, syncing)
+    with atomic_path(path) as draft, open(draft, "w+b", buffering=0) as file, _Writing(file.fileno()) as out:
+        _stream(out, tensors, metadata, room)
 
 
 def replace_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     """Give a file that nobody else sees yet another header text, in place. What does not fit moves the data once."""
     tensors = read_tensors(path)
-    with open(path, "r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length)) | {"__metadata__": dict(metadata)}
+    with open(path, "r+b", buffering=0) as file:
+        descriptor = file.fileno()
+        (length,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
+        header = json.loads(os.pread(descriptor, length, 8)) | {"__metadata__": dict(metadata)}
         text = header_text(header)
         if len(text) > length:
             grown = len(text) + -len(text) % 8
-            _move(file, 8 + length, tensors.data_bytes, grown - length)
+            _move(descriptor, 8 + length, tensors.data_bytes, grown - length)
             length = grown
-        _write_header(file, text, length)
+        _write_header(descriptor, text, length)
 
 
-class _Syncing:
-    """Has the disk take, in a thread, what has been written to a file so far: the kernel alone would begin when all is
-    there, and the disk would have nothing to do until then."""
+class _Writing:
+    """Writes arrays to places of a file in threads. Meanwhile another one has the disk take what is there: the kernel
+    alone would begin when all is written, and the disk would have nothing to do until then."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, descriptor: int):
         from concurrent.futures import ThreadPoolExecutor  # slow to import, and reading needs none
 
-        self._file = file
-        self._thread = ThreadPoolExecutor(1, "sync")
-        self._running: Future[None] | None = None
-        self._new = 0
+        self.descriptor = descriptor
+        self._writers = ThreadPoolExecutor(_WRITERS, "write")
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._bytes_waiting = 0
+        self._sync_thread = ThreadPoolExecutor(1, "sync")
+        self._syncing: Future[None] | None = None
+        self._unsynced = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        self._thread.shutdown()
-        if self._running and error is None:
-            self._running.result()  # the kernel tells only once that the disk has failed
+        self._writers.shutdown(cancel_futures=True)
+        self._sync_thread.shutdown()
+        if self._syncing and error is None:
+            self._syncing.result()  # the kernel tells only once that the disk has failed
 
-    def written(self, size: int) -> None:
+    def put(self, array: Array, offset: int) -> None:
+        """Write an array from a byte of the file on, now or soon. Raises what an earlier one has failed with."""
+        if isinstance(array, OnDisk):
+            step = max(1, _PIECE // array.row_bytes)
+            for first in range(0, len(array), step):
+                last = min(first + step, len(array))
+                start = offset + first * array.row_bytes
+                self._soon((last - first) * array.row_bytes, _copy, array, first, last, self.descriptor, start)
+        elif array.nbytes < _SMALL:
+            _write(self.descriptor, raw_bytes(array), offset)
+            self._written(array.nbytes)
+        else:
+            self._soon(array.nbytes, _write, self.descriptor, raw_bytes(array), offset)
+
+    def finish(self) -> None:
+        """Wait until all is written."""
+        while self._waiting:
+            self._first()
+
+    def _soon(self, size: int, work: Callable[..., None], *arguments: Any) -> None:
+        self._waiting.append((self._writers.submit(work, *arguments), size))
+        self._bytes_waiting += size
+        while self._waiting and (self._bytes_waiting > _MOST_WAITING or self._waiting[0][0].done()):
+            self._first()
+
+    def _first(self) -> None:
+        done, size = self._waiting.popleft()
+        self._bytes_waiting -= size
+        done.result()
+        self._written(size)
+
+    def _written(self, size: int) -> None:
         """To be called when `size` more bytes are in the file. Raises OSError when the disk has failed."""
-        self._new += size
-        if self._new < _SYNCED or (self._running and not self._running.done()):
+        self._unsynced += size
+        if self._unsynced < _SYNCED or (self._syncing and not self._syncing.done()):
             return
-        if self._running:
-            self._running.result()
-        self._new = 0
-        self._file.flush()
-        self._running = self._thread.submit(os.fsync, self._file.fileno())
+        if self._syncing:
+            self._syncing.result()
+        self._unsynced = 0
+        self._syncing = self._sync_thread.submit(os.fsync, self.descriptor)
 
 
-def _stream(
-    file: BinaryIO,
-    tensors: Iterable[tuple[str, Array]],
-    metadata: Mapping[str, str],
-    room: int,
-    syncing: _Syncing,
-) -> None:
+def _copy(array: OnDisk, first: int, last: int, descriptor: int, offset: int) -> None:
+    for block in array.blocks(True, first, last):
+        _write(descriptor, block.data, offset)
+        offset += block.nbytes
+
+
+def _write(descriptor: int, data: memoryview | bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _stream(out: _Writing, tensors: Iterable[tuple[str, Array]], metadata: Mapping[str, str], room: int) -> None:
     body = room + -room % _PAGE
     header: dict[str, Any] = {}
     held: list[tuple[str, Array]] = []
@@ -105,11 +152,9 @@ def _stream(
     def write(name: str, array: Array) -> None:
         nonlocal offset
         header[name] = entry_of(array, offset)
-        file.write(raw_bytes(array))
-        syncing.written(array.nbytes)
+        out.put(array, body + offset)
         offset += array.nbytes
 
-    file.seek(body)
     for name, array in tensors:
         if streamed is None and array.nbytes >= _SMALL:
             streamed = array.dtype.itemsize
@@ -122,6 +167,7 @@ def _stream(
     before = [item for item in held if item[1].dtype.itemsize >= (streamed or 0)]
     for name, array in held[len(before) :]:
         write(name, array)
+    out.finish()
     front: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for name, array in before:
@@ -132,25 +178,25 @@ def _stream(
     text = header_text(front | header)
     needed = 8 + len(text) + -len(text) % 8 + start
     if needed > body or (body - needed) * _MOST_SPACES > offset:
-        _move(file, body, offset, needed - body)
-        file.truncate(needed + offset)
+        _move(out.descriptor, body, offset, needed - body)
+        os.truncate(out.descriptor, needed + offset)
         body = needed
-    _write_header(file, text, body - start - 8)
+    _write_header(out.descriptor, text, body - start - 8)
+    place = body - start
     for _, array in before:
-        file.write(raw_bytes(array))
+        out.put(array, place)
+        place += array.nbytes
+    out.finish()
 
 
-def _write_header(file: BinaryIO, text: bytes, length: int) -> None:
-    file.seek(0)
-    file.write(struct.pack("<Q", length) + text.ljust(length))
+def _write_header(descriptor: int, text: bytes, length: int) -> None:
+    _write(descriptor, struct.pack("<Q", length) + text.ljust(length), 0)
 
 
-def _move(file: BinaryIO, start: int, size: int, by: int) -> None:
+def _move(descriptor: int, start: int, size: int, by: int) -> None:
     """Move `size` bytes from `start` towards the end of the file, or towards its start where `by` is negative, in an
     order in which none is overwritten before it has been moved."""
     begins = range(start, start + size, _CHUNK)
     for begin in reversed(begins) if by > 0 else begins:
-        file.seek(begin)
-        part = file.read(min(_CHUNK, start + size - begin))
-        file.seek(begin + by)
-        file.write(part)
+        part = os.pread(descriptor, min(_CHUNK, start + size - begin), begin)
+        _write(descriptor, part, begin + by)

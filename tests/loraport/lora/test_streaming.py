@@ -112,6 +112,7 @@ def test_a_disk_that_fails_once_while_more_is_written_is_told(tmp_path, monkeypa
             yield str(number), np.ones(999, np.float32)
 
     monkeypatch.setattr(streaming, "_SYNCED", 1000)
+    monkeypatch.setattr(streaming, "_MOST_WAITING", 0)
     monkeypatch.setattr(streaming.os, "fsync", fsync)
     with pytest.raises(RunFolderError, match=r"x\.safetensors cannot be written: Input/output error"):
         stream_tensors(tmp_path / "x.safetensors", slowly(), {})

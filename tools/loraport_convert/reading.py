@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from loraport.errors import DataError
+from loraport.errors import DataError, LoraPortError
 from loraport.lora.canonical import LoraFile
 from loraport.lora.dialect import AskingDialect, Dialect, FamilyDialect, UnknownScale, detect_dialect
 from loraport.lora.lazy import LazyModules
+from loraport.lora.storage import read_tensors
 from loraport_convert.codec.decode import FAMILY_KEY
 from loraport_convert.dialects.base import known
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
+_RUN = ("spec.yaml", "plan.json", "state.json")  # what every run folder of LoraPort holds
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Found:
     dialect: Dialect
     lora: LoraFile
     asked: bool  #: whether its scale is what the person said
+    spec: Path | None = None  #: the spec of the run it lies in, where that tells its scale
 
 
 def lora_file(path: Path) -> Path:
@@ -57,7 +61,8 @@ def lora_files(path: Path) -> list[Path]:
 def read_lora(
     path: Path, dialects: Mapping[str, Dialect], scale: Scale | None = None, family: str | None = None
 ) -> Found:
-    """Read any LoRA. `scale` and `family` count only where the file does not tell them itself.
+    """Read any LoRA. `scale` and `family` count only where the file does not tell them itself; before `scale` comes the
+    spec of the run in whose folder the file lies.
 
     Raises DataError when no dialect knows the file, it is damaged, nothing tells its scale, or it says that it is of
     another family.
@@ -71,9 +76,34 @@ def read_lora(
     try:
         return Found(path, dialect, dialect.read(path), asked=False)
     except UnknownScale:
-        if scale is None or not isinstance(dialect, AskingDialect):
+        if not isinstance(dialect, AskingDialect):
+            raise
+        if told := _told_by_run(path):
+            return Found(path, dialect, dialect.read_with_alpha(path, told[0]), asked=False, spec=told[1])
+        if scale is None:
             raise
         return Found(path, dialect, dialect.read_with_alpha(path, scale.alpha), asked=True)
+
+
+def _told_by_run(path: Path) -> tuple[float, Path] | None:
+    """(alpha, spec) of the run in whose folder a file lies, as a trainer leaves its checkpoints there.
+
+    None where it lies in none, or its ranks are not those of the run.
+    """
+    from loraport.spec.models import TrainSpec
+
+    folder = next((each for each in path.resolve().parents if all((each / name).is_file() for name in _RUN)), None)
+    if folder is None:
+        return None
+    try:
+        lora = TrainSpec.load(folder / _RUN[0]).lora
+    except (LoraPortError, OSError):
+        return None
+    shapes = read_tensors(path).shapes
+    ranks = {shapes[key][0] for key in shapes if key.endswith((".lora_A.weight", ".lora_A.default.weight"))}
+    if lora.type != "lora" or ranks != {lora.rank}:
+        return None
+    return lora.effective_alpha * (math.sqrt(lora.rank) if lora.rslora else 1), folder / _RUN[0]
 
 
 def read_back(dialect: Dialect, path: Path) -> LoraFile:

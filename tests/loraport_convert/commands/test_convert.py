@@ -4,7 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from loraport.lora.storage import read_tensors
+from loraport.lora.storage import read_tensors, write_tensors
+from loraport_convert.comfyui import ComfyUI
 
 QKV = "layers.0.attention.qkv"
 NATIVE = f"diffusion_model.{QKV}"
@@ -175,3 +176,30 @@ def test_a_conversion_that_fails_leaves_no_folder(run, comfy, tmp_path):
     path = comfy(**{"diffusion_model.layers.0.attention.o.secret": np.ones(3, np.float32)})
     assert run("convert", path, "--to", "peft")[0] == 4
     assert names(tmp_path) == ["comfy.safetensors"]
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 4.0)])
+def test_a_checkpoint_in_a_run_folder_has_the_alpha_of_the_runs_spec(tmp_path, run, rslora, scale):
+    work = tmp_path / "runs" / "x" / "work" / "checkpoint-1"
+    work.mkdir(parents=True)
+    spec = {
+        "version": 1,
+        "name": "x",
+        "model": {"family": "ideogram4", "checkpoint": "c"},
+        "dataset": {"path": "d"},
+        "lora": {"rank": 4, "alpha": 8, "rslora": rslora},
+        "train": {"steps": 1},
+    }
+    for name, text in (("spec.yaml", json.dumps(spec)), ("plan.json", "{}"), ("state.json", "{}")):
+        (tmp_path / "runs" / "x" / name).write_text(text)
+    key = "transformer.layers.0.attention.qkv"
+    pair = {f"{key}.lora_A.weight": np.ones((4, 32), np.float32), f"{key}.lora_B.weight": np.ones((96, 4), np.float32)}
+    write_tensors(work / "l.safetensors", pair, {"loraport.family": "ideogram4"})
+    code, _, err = run("convert", work / "l.safetensors", "--alpha", 1)
+    assert (code, "is that of" in err) == (0, True)
+    module = ComfyUI().read(work / "l.comfyui.safetensors").modules["layers.0.attention.qkv"]
+    assert module.scale == scale
+    spec["lora"]["rank"] = 8  # another run's spec
+    (tmp_path / "runs" / "x" / "spec.yaml").write_text(json.dumps(spec))
+    code, _, err = run("convert", work / "l.safetensors", "--overwrite")
+    assert (code, "does not tell its scale" in err) == (4, True)

@@ -180,6 +180,8 @@ def _tell(found: Found, published: Published, said: bool, as_json: bool) -> None
             if module.name in published.approximated:
                 typer.echo(f"  {module.name} differs by {module.difference:.1e} of its size")
     notes = []
+    if found.spec is not None:
+        notes.append(f"the alpha of {found.path} is that of {found.spec}")
     if said and not found.asked:
         notes.append(f"{found.path} tells its scale itself, so --alpha was not needed")
     if found.lora.family is None:

@@ -12,7 +12,7 @@ _ROWS, _COLUMNS, _RANK = 64, 128, 32
 def launch(total: Tensor, left: Tensor, right: Tensor, other: Tensor | None = None) -> None:
     """total (M, N) += left (M, K) · right (K, N) + other (M, N), on the current CUDA device and stream."""
     (rows, columns), rank = total.shape, left.shape[1]
-    grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
+    grid = (triton.cdiv(columns, _COLUMNS), triton.cdiv(rows, _ROWS))  # neighbours in a row of memory run together
     strides = (*total.stride(), *left.stride(), *right.stride())
     beside = total if other is None else other  # not read when there is none
     sizes = (rows, columns, rank, *strides, *beside.stride())
@@ -41,8 +41,8 @@ def _add_product(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     product = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, rank, RANK):
         along = first + tl.arange(0, RANK)[None, :]

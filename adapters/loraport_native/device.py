@@ -15,6 +15,7 @@ from torch import Tensor
 from loraport.errors import SpecError
 from loraport.gpu import FP8_CAPABILITY
 from loraport.spec.models import TrainSpec
+from loraport_native.attention import flash_3_is_there
 
 #: fp16 is not among them: without loss scaling most of the gradient is below its smallest number.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -111,10 +112,12 @@ def restart_peak(device: torch.device) -> None:
 
 
 def check_device(spec: TrainSpec, device: torch.device) -> None:
-    """Raise SpecError for settings that this device cannot do."""
+    """Raise SpecError for settings that this device cannot do, and BackendError for a package that does not load."""
     if device.type == "mps" and spec.memory.storage != "none":
         raise SpecError(f"memory.storage: {spec.memory.storage} needs CUDA or a CPU; on MPS use none.")
     _check_card(spec, device)
+    if device.type == "cuda":
+        flash_3_is_there(device.index)
     if spec.memory.compile != "none" and not any(map(shutil.which, _compilers(device))):
         raise SpecError(
             f"memory.compile: {spec.memory.compile} needs a compiler, {' or '.join(_compilers(device))}, and none is "

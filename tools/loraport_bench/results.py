@@ -12,7 +12,17 @@ from typing import Any
 
 from loraport.errors import DataError, RunFolderError
 
-_PACKAGES = ("loraport", "torch", "triton", "diffusers", "transformers", "peft", "torchao", "bitsandbytes")
+_PACKAGES = (
+    "loraport",
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "peft",
+    "torchao",
+    "bitsandbytes",
+    "flash-attn-3",
+)
 Key = tuple[str, int | None]  #: a row's name, and its seed if it measures quality
 
 

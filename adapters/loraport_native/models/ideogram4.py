@@ -31,6 +31,7 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from loraport_native.attention import attend
 from loraport_native.frozen import adapted_linears
 from loraport_native.recompute import keeping_attention
 
@@ -98,20 +99,19 @@ class FusedAttention(nn.Module):
         query, key, value = heads.unbind(2)
         query = _rotate(self.norm_q(query), image_rotary_emb)
         key = _rotate(self.norm_k(key), image_rotary_emb)
-        attended = _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attention_mask)
-        return self.o(attended.transpose(1, 2).flatten(2))
+        return self.o(_attend(query, key, value, attention_mask).flatten(2))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
-    """Attention over heads (B, heads, L, head_dim)."""
+    """Attention over (B, L, heads, head_dim)."""
     if not isinstance(mask, list):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return attend(query, key, value, mask)
     # One call a sample without its padding keeps the flash kernel, which takes no mask; what padding would get is zero.
     attended = []
     for sample, start in enumerate(mask):
         one = slice(sample, sample + 1)
-        real = F.scaled_dot_product_attention(query[one, :, start:], key[one, :, start:], value[one, :, start:])
-        attended.append(F.pad(real, (0, 0, start, 0)))
+        real = attend(query[one, start:], key[one, start:], value[one, start:])
+        attended.append(F.pad(real, (0, 0, 0, 0, start, 0)))
     return torch.cat(attended)
 
 

@@ -170,10 +170,14 @@ def _diff(part: Part) -> Array:
 def _place(pieces: Sequence[tuple[int, int, Array]], rows: int, columns: int | None = None) -> Array:
     """Zeros with arrays in them, each from its (row, column) on; `columns` is left out where they are as wide."""
     dtype = _common_dtype([array for _, _, array in pieces])
-    shape = pieces[0][2].shape
-    if len(shape) == 1:  # biases
+    first = pieces[0][2].shape
+    if len(first) == 1:  # biases
         return _place([(row, column, array[:, None]) for row, column, array in pieces], rows)[:, 0]
-    placed = np.zeros((rows, shape[1] if columns is None else columns, *shape[2:]), dtype)
+    shape = (rows, first[1] if columns is None else columns, *first[2:])
+    on_disk: list[tuple[int, int, OnDisk]] = [piece for piece in pieces if isinstance(piece[2], OnDisk)]  # type: ignore[misc]
+    if len(on_disk) == len(pieces) and all(array.dtype == dtype for _, _, array in on_disk):
+        return cast(Array, Placed(on_disk, shape))
+    placed = np.zeros(shape, dtype)
     for row, column, array in pieces:
         placed[row : row + array.shape[0], column : column + array.shape[1]] = array
     return placed

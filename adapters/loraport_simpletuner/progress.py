@@ -30,6 +30,8 @@ _PHASES: tuple[tuple[str, events.Phase, str], ...] = (
     ("Configuring text embed backend", "cache", "captions"),
     ("Creating VAE latent cache", "cache", "latents"),
     ("Loading weights:", "load", "text encoder"),
+    # The text encoder is let go right before the transformer is loaded, of which SimpleTuner's log says nothing.
+    ("successfully moved to meta device", "load", "transformer"),
     ("Processing validation prompts:", "sample", ""),
     ("Calculate validation loss", "validate", ""),
     (" Steps: ", "train", ""),

@@ -28,6 +28,8 @@ def test_a_bar_tells_a_step_once_it_has_a_loss() -> None:
 
 def test_phases_are_known_by_their_lines() -> None:
     assert phase_of("[INFO] (id=images) Creating VAE latent cache: vae_cache_dir='x'").phase == "cache"
+    loading = phase_of("[INFO] Text encoder 1 successfully moved to meta device")
+    assert (loading.phase, loading.detail) == ("load", "transformer")
     assert phase_of(BAR).phase == "train"
     assert phase_of("something else") is None
 

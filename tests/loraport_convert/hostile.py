@@ -22,6 +22,8 @@ NAMES = [
     "lora_te1_text_model_encoder_layers_0_mlp_fc1",
     "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
     "diffusion_model.blocks.0.self_attn.q",
+    "lycoris_layers_0_ffn_norm2",
+    "oft_unet_single_blocks_0_linear1",
     "",
     "a" * 300,
     "../../etc/passwd",
@@ -39,6 +41,7 @@ ODD = [
     "hada_w2_b", "hada_t1", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     "diff", "diff_b", "lora_B.bias", "reshape_weight", "oft_blocks", "bias", "weight", "w_norm", "secret",
     "hada_t2", "rescale", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "lokr_t1", "set_weight", "on_input",
+    "b_norm", "diff_m", "oft_blocks.0", "oft_blocks.1", "lora_A.other.weight", "lora_B.other.weight", "bias.diff",
 ]  # fmt: skip
 CODES = {
     "F32": np.float32,
@@ -82,7 +85,7 @@ def whole(choose, rng):
     """The tensors of a LoRA of a few modules, with now and then an odd one."""
     tensors = {}
     dtype = CODES[choose.choice(["F32", "F16", "BF16", "F8_E4M3"])]
-    for name in choose.sample(NAMES[:14], choose.randint(1, 4)):
+    for name in choose.sample(NAMES[:16], choose.randint(1, 4)):
         up, down = choose.choice(LOW)
         rank, out, columns = choose.randint(1, 3), choose.choice([6, 12]), choose.choice([4, 8])
         tensors[f"{name}.{down}"] = numbers(rng, (rank, columns), dtype)

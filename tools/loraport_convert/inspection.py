@@ -129,10 +129,20 @@ def _module(
     if scale is not None and not math.isfinite(scale):
         raise DataError(f"{prefixed}: the scale is {scale}.")
     dtypes = {tensors.dtypes[key] for field, key in fields.items() if field not in ("alpha", "magnitude")}
-    kind = {"up": "lora", "diff": "full"}.get(next(iter(fields)), next(iter(fields)).partition(".")[0])
+    kind = _kind(prefixed, fields, columns)
     dora = "magnitude" in fields
     facts = ModuleFacts(prefixed, kind, rows, columns, rank, alpha, scale, origin, "+".join(sorted(dtypes)), dora)
     return facts, rest
+
+
+def _kind(prefixed: str, fields: Mapping[str, str], columns: int) -> str:
+    first = next(iter(fields))
+    if first == "diff":
+        return "bias" if prefixed.endswith(keys.BIAS) else "norm" if columns == 1 else "full"
+    if first.startswith("verbatim"):
+        own = {keys.OFT: "oft", keys.SET: "replaced weight"}
+        return own.get(first.removeprefix("verbatim").rstrip(".01234567"), "glora")
+    return {"up": "lora"}.get(first, first.partition(".")[0])
 
 
 def _told(path: Path, metadata: Mapping[str, str]) -> Told:

@@ -15,6 +15,7 @@ from loraport.lora.dora import with_norms
 from loraport.lora.stacked import NotExact, Stacked
 from loraport.lora.storage import read_tensors, write_tensors
 from loraport.plugins import plugins
+from loraport_convert.approximation import truncated
 from loraport_convert.codec.decode import FAMILY_KEY
 from loraport_convert.comfyui import ComfyUI
 
@@ -282,6 +283,23 @@ def test_three_lokr_are_not_one_and_that_is_said(read, tmp_path):
     with pytest.raises(NotExact, match=r"--approximate") as caught:
         written(read(tensors, {FAMILY_KEY: "z-image"}), tmp_path)
     assert caught.value.module == "layers.2.attention.qkv"
+
+
+def test_the_rank_at_which_a_lora_is_exact_is_told(read, tmp_path):
+    tensors = {}
+    for part in ("to_q", "to_k", "to_v"):
+        key = f"lycoris_layers_2_attention_{part}"
+        tensors |= {
+            f"{key}.lokr_w1": random(2, 2),
+            f"{key}.lokr_w2_a": random(24, 1),
+            f"{key}.lokr_w2_b": random(1, 24),
+        }
+        tensors[f"{key}.alpha"] = np.array(1, np.float32)
+    lora = read(tensors, {FAMILY_KEY: "z-image"})
+    with pytest.raises(NotExact, match="LoRA of rank 6 is exact"):
+        written(lora, tmp_path)
+    module = lora.modules["layers.2.attention.qkv"]
+    assert truncated(module, 6).loss.difference < 1e-6 < truncated(module, 5).loss.difference
 
 
 def test_lokr_that_share_their_second_factor_stay_one_lokr(read):

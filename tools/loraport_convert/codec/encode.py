@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 
-from loraport.lora.canonical import Array, ColumnScale, LoHa, LoKr, LoraModule, LowRank, RowScale, Tucker
-from loraport.lora.stacked import Full, NotExact, Verbatim
+from loraport.lora.canonical import Array, ColumnScale, Factors, LoHa, LoKr, LoraModule, LowRank, RowScale, Tucker
+from loraport.lora.stacked import Full, NotExact, Stacked, Verbatim
 from loraport_convert.codec import keys
 from loraport_convert.dtypes import cast
 
@@ -71,7 +72,8 @@ def lycoris_tensors(module: LoraModule, dtype: str | None, format: str) -> dict[
         raise NotExact(
             f"LoRA module {module.name} is made of several adapters, which {format} cannot hold as one.",
             module=module.name,
-            hint="Choose how to come near it: --approximate svd, or --approximate diff for a large and exact file.",
+            hint="Choose how to come near it: --approximate svd, or --approximate diff for a large and exact file."
+            + _exact_as_lora(factors),
         )
     tensors = {f".{_LETTERS[factors.kind]}_{name}": array for name, array in narrow(module, dtype).items()}
     if factors.rank is not None:
@@ -81,6 +83,29 @@ def lycoris_tensors(module: LoraModule, dtype: str | None, format: str) -> dict[
         name, smaller = min(factors.arrays().items(), key=lambda item: item[1].size)
         tensors[f".lokr_{name}"] = _folded(module, name, smaller)
     return tensors
+
+
+def _exact_as_lora(factors: Factors) -> str:
+    """A sentence on the rank of a LoRA that makes the very change, where such a one is smaller than the change."""
+    rank = _rank_bound(factors)
+    out, columns = factors.shape
+    return (
+        f" A LoRA of rank {rank} is exact: --approximate svd --rank {rank}."
+        if rank * (out + columns) < out * columns
+        else ""
+    )
+
+
+def _rank_bound(factors: Factors) -> int:
+    """The most that the rank of the change can be."""
+    if isinstance(factors, Stacked):
+        return sum(_rank_bound(part.factors) for part in factors.parts)
+    if isinstance(factors, LoKr):
+        inner = (each.shape[:1] if each is not None else () for each in (factors.w1_b, factors.w2_b))
+        return math.prod(min(*side.shape, *rank) for side, rank in zip(factors.sides(), inner, strict=True))
+    if isinstance(factors, LoHa):
+        return int(factors.w1_b.shape[0] * factors.w2_b.shape[0])
+    return factors.rank or min(factors.shape)
 
 
 def alpha(module: LoraModule, rank: int) -> Array:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from loraport.errors import DataError
 from loraport.lora.canonical import LoraFile, LoraModule, LowRank, RowScale
 from loraport.lora.dora import with_norms
+from loraport_native.stream import at_hand
 
 
 @contextmanager
@@ -26,7 +27,8 @@ def applied(model: nn.Module, lora: LoraFile) -> Iterator[None]:
         for name, module in lora.modules.items():
             if name not in linears:
                 raise DataError(f"The LoRA changes {name}, which is no Linear of this model.")
-            hook = _hook(linears[name], module)
+            with at_hand(model, name):
+                hook = _hook(linears[name], module)
             hooks.callback(linears[name].register_forward_hook(hook).remove)
         yield
 

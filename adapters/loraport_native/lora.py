@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from loraport.spec.models import LoraSection
 from loraport_native.dialect import FORMAT
 from loraport_native.frozen import Adapted, adapted_linears
 from loraport_native.quantize import StoredLinear
+from loraport_native.stream import at_hand
 
 #: Names of the trained tensors in the state, by the ending of the library's parameter name.
 _PEFT_FACTORS = {
@@ -89,6 +91,8 @@ def _inject_peft(model: nn.Module, lora: LoraSection, targets: list[str], linear
     if not (lora.dora or lora.dropout):
         config._register_custom_module({nn.Linear: _fused_layer()})
     inject_adapter_in_model(config, model)
+    if lora.dora:
+        _measure_magnitudes(model)
     scales = {name: layer.scaling["default"] for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     assert set(scales) == set(targets)
     factors: dict[str, nn.Parameter] = {}
@@ -97,6 +101,21 @@ def _inject_peft(model: nn.Module, lora: LoraSection, targets: list[str], linear
             module, ending = _split_peft_name(name)
             factors[f"{module}.{_PEFT_FACTORS[ending]}"] = parameter
     return Adapter(model, factors, scales)
+
+
+def _measure_magnitudes(model: nn.Module) -> None:
+    """DoRA's magnitudes in blocks whose weights wait elsewhere, of which peft has measured nothing."""
+    waiting: list[Any] = [block for block in model.modules() if hasattr(block, "lend")]
+    for block in waiting:
+        layers: list[Any] = [layer for layer in block.modules() if getattr(layer, "lora_magnitude_vector", None)]
+        with block.lend():
+            for layer in layers:
+                layer.lora_magnitude_vector["default"].update_layer(
+                    base_layer=layer.get_base_layer(),
+                    lora_A=layer.lora_A["default"].weight,
+                    lora_B=layer.lora_B["default"].weight,
+                    scaling=layer.scaling["default"],
+                )
 
 
 def _fused_layer() -> type[nn.Module]:
@@ -158,8 +177,12 @@ def write_adapter(path: Path, adapter: Adapter, weights: Mapping[str, torch.Tens
     Not by safetensors' own writer, whose header comes in another order each time: equal runs give equal files.
     """
     tensors = {name: weight.float().cpu() for name, weight in weights.items()}
-    for name in [name for name in tensors if name.endswith(".magnitude")]:
-        tensors |= _dora_norms(adapter, name.removesuffix(".magnitude"), tensors)
+    dora = [name.removesuffix(".magnitude") for name in tensors if name.endswith(".magnitude")]
+    for _, modules in groupby(dora, key=lambda name: name.split(".")[:2]):  # `layers.3`: what may wait together
+        together = list(modules)
+        with at_hand(adapter.model, together[0]):
+            for name in together:
+                tensors |= _dora_norms(adapter, name, tensors)
     metadata = {
         "loraport.format": FORMAT,
         "loraport.family": family,

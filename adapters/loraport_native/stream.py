@@ -12,9 +12,13 @@ takes longer than computing on a fast card, starts with blocks that the backward
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,6 +52,9 @@ class Source(Protocol):
     def expect(self, number: int) -> None:
         """This block will be copied soon."""
 
+    def read(self, number: int) -> Tensor:
+        """A block's bytes on the CPU, out of turn. Not to be written to."""
+
 
 class Host:
     """A permanent copy in host memory, pinned for CUDA, which lets copies run while the device computes."""
@@ -64,6 +71,9 @@ class Host:
 
     def expect(self, number: int) -> None:
         pass
+
+    def read(self, number: int) -> Tensor:
+        return self.blocks[number]
 
 
 class Disk:
@@ -92,6 +102,15 @@ class Disk:
     def expect(self, number: int) -> None:
         if number not in self.reading:
             self.reading[number] = self.reader.submit(self._read, number)
+
+    def read(self, number: int) -> Tensor:
+        content = torch.empty(self.size, dtype=torch.uint8)
+        view, read = memoryview(content.numpy().data), 0
+        while read < self.size:  # by place, so that the reader's own is left alone
+            got = os.preadv(self.file.fileno(), [view[read:]], number * self.size + read)
+            assert got, "the file of blocks ends early"
+            read += got
+        return content
 
     def copy(self, number: int, slot: Tensor) -> None:
         self.expect(number)
@@ -167,6 +186,7 @@ class Stream:
         self.source.put(number, flat)
         self.tensors.append(tensors)
         self._bind(number, self.nowhere)
+        block.lend = partial(self.lend, number)  # type: ignore[assignment]  # see `at_hand`
 
     def attach(self, model: Ideogram4, keeps_inputs: bool = True) -> None:
         """Have every block of the model fetched before it runs, forward and backward.
@@ -183,6 +203,22 @@ class Stream:
             return _BeforeBackward.apply(result, self, number) if trains else result
 
         model.run_block = run_block
+
+    @contextlib.contextmanager
+    def lend(self, number: int) -> Iterator[None]:
+        """Within it the frozen tensors of a block are on the device, between passes."""
+        if number in self.held:
+            if self.fetching is not None:
+                torch.cuda.current_stream(self.device).wait_event(self.held[number].filled)
+            yield
+            return
+        slot = Slot(self.size, self.device, self.layout)
+        slot.memory.copy_(self.source.read(number))
+        self._bind(number, slot.views)
+        try:
+            yield
+        finally:
+            self._bind(number, self.nowhere)
 
     def arrive(self, number: int, upwards: bool) -> None:
         """Make the device wait for a block, and fetch those that come next in this direction."""
@@ -245,6 +281,17 @@ class _BeforeBackward(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         ctx.stream.arrive(ctx.number, upwards=False)
         return gradient, None, None
+
+
+def at_hand(model: nn.Module, module: str) -> contextlib.AbstractContextManager[None]:
+    """Within it the frozen weights of a module are on the device, also those of a block that waits elsewhere."""
+    parts = module.split(".")
+    for count in range(1, len(parts) + 1):
+        part: Any = model.get_submodule(".".join(parts[:count]))
+        if hasattr(part, "lend"):
+            lent: contextlib.AbstractContextManager[None] = part.lend()
+            return lent
+    return contextlib.nullcontext()
 
 
 def _frozen_tensors(block: nn.Module) -> list[Tensor]:

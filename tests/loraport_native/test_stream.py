@@ -7,43 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_steps import CPU, model_with, step
 
-from loraport.spec.models import LoraSection, MemorySection
-from loraport_native.lora import Adapter, inject
-from loraport_native.models.checkpoint import find_checkpoint
+from loraport_native.lora import Adapter, write_adapter
 from loraport_native.models.ideogram4 import Ideogram4
-from loraport_native.placement import load_placed, set_passes
 from loraport_native.stream import Host, Stream
-
-CPU = torch.device("cpu")
-PATTERNS = [r"layers\.\d+\.attention\.(qkv|o)", r"layers\.\d+\.feed_forward\.w[123]"]
-
-
-def model_with(checkpoint: Path, kind: str = "lora", dropout: float = 0.0, **memory: str) -> tuple[Ideogram4, Adapter]:
-    section = MemorySection.model_validate(
-        {"storage": "fp8", "compute": "model", "offload": "none", "gradient_checkpointing": "full", **memory}
-    )
-    model, stream = load_placed(find_checkpoint(str(checkpoint)), section, torch.float32, CPU)
-    lora = LoraSection.model_validate({"type": kind, "rank": 4, "alpha": 4, "dropout": dropout})
-    adapter = inject(model, lora, PATTERNS, seed=0)
-    draw = torch.Generator().manual_seed(1)
-    for factor in adapter.parameters():
-        factor.data.normal_(std=0.1, generator=draw)
-    set_passes(model, section, stream)
-    return model, adapter
-
-
-def step(model: Ideogram4, adapter: Adapter, lengths: list[int] | None = None) -> list[torch.Tensor]:
-    """The prediction and the adapter's gradients."""
-    draw = torch.Generator().manual_seed(3)
-    latents, text = torch.randn(2, 16, 128, generator=draw), torch.randn(2, 5, 128, generator=draw)
-    torch.manual_seed(5)
-    result = model.train().velocity(latents, text, lengths, torch.tensor([0.2, 0.7]), (4, 4))
-    result.square().sum().backward()
-    gradients = [factor.grad for factor in adapter.parameters()]
-    for factor in adapter.parameters():
-        factor.grad = None
-    return [result.detach(), *gradients]
 
 
 @pytest.mark.parametrize("storage", ["none", "fp8", "int8", "nf4"])
@@ -76,6 +44,24 @@ def test_inputs_kept_on_the_host_change_nothing_for_any_adapter(tiny_official: P
     wanted = step(*model_with(tiny_official, kind, dropout))
     got = step(*model_with(tiny_official, kind, dropout, offload="group+activations"))
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("offload", ["group", "group+activations", "disk"])
+def test_dora_measures_and_is_saved_with_the_weights_of_blocks_that_wait(
+    tiny_official: Path, offload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPORT_CACHE", str(tmp_path))
+    (model, adapter), (other, resident) = (
+        model_with(tiny_official, dora=True, storage="none", offload=name) for name in (offload, "none")
+    )
+    for one, wanted in zip(step(model, adapter), step(other, resident), strict=True):
+        assert torch.equal(one, wanted)
+    for number, each in enumerate((adapter, resident)):
+        weights = {name: factor.detach() for name, factor in each.factors.items()}
+        write_adapter(tmp_path / f"{number}.safetensors", each, weights, "ideogram4", 1)
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+    for one, wanted in zip(step(model, adapter), step(other, resident), strict=True):
+        assert torch.equal(one, wanted), "and saving in between changes nothing"
 
 
 def streamed(checkpoint: Path, **settings: int) -> tuple[Stream, Ideogram4, Adapter, list[int]]:

@@ -291,14 +291,23 @@ class ColumnScale:
     `trained` is (in,), `axes` the number of axes of the weight. LyCORIS writes it with `wd_on_output=False`, and
     ComfyUI applies it by the same rule (its norm is that of the changed weight there), so the base weights are not
     needed to keep it.
+
+    Of a module that is put together from several, `trained` is (parts, in), and `ends` are the rows where each part
+    ends: the norms are those of its rows alone. No file holds that but as its whole change.
     """
 
     trained: Array
     axes: int = 2
+    ends: tuple[int, ...] = ()
 
     def problem(self, columns: int) -> str | None:
         """Why this does not fit a module with `columns`, or None."""
-        if self.trained.ndim != 1 or not self.trained.size or columns % self.trained.size:
+        parts = self.trained.shape[:-1]
+        if (
+            parts != ((len(self.ends),) if self.ends else ())
+            or not self.trained.size
+            or columns % self.trained.shape[-1]
+        ):
             return f"the DoRA by column has {self.trained.shape} numbers for {columns} columns"
         return None if np.isfinite(self.trained).all() else "the DoRA by column holds NaN or infinity"
 

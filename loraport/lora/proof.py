@@ -226,7 +226,7 @@ def _compare_columns(a: LoraModule, b: LoraModule, tolerance: float) -> ModulePr
     if (
         isinstance(one, ColumnScale)
         and isinstance(other, ColumnScale)
-        and one.trained.shape == other.trained.shape
+        and (one.trained.shape, one.ends) == (other.trained.shape, other.ends)
         and a.factors.shape == b.factors.shape
     ):
         trained = one.trained.astype(np.float64)
@@ -256,7 +256,8 @@ def _same_dora(a: RowScale | ColumnScale | None, b: RowScale | ColumnScale | Non
     if a is None or b is None:
         return a is b
     if isinstance(a, ColumnScale) or isinstance(b, ColumnScale):
-        return type(a) is type(b) and np.array_equal(a.trained, b.trained)
+        same = isinstance(a, ColumnScale) and isinstance(b, ColumnScale) and a.ends == b.ends
+        return same and np.array_equal(a.trained, b.trained)
     return a.divisor == b.divisor and np.array_equal(a.trained, b.trained) and _norms(a) == _norms(b)
 
 

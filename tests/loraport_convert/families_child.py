@@ -1,9 +1,9 @@
 """Asks a real ComfyUI which modules its models have and what it makes of LoRA files, without any weights.
 
 python families_child.py CHECKOUT FOLDER: FOLDER/models.json holds, by model, the shapes that ComfyUI recognises it by;
-FOLDER/MODEL/*.safetensors are LoRA files for it. report.json gets, by model, the shapes of its weights and those of its
-text encoders, and by file the warnings of the loader. FOLDER/MODEL/NAME.probe holds ΔW @ p for every weight that the
-file changes, where p_j = cos(j): of weights that are zeros, or for kinds.safetensors those of `weight`. Of files that
+FOLDER/MODEL/*.safetensors are LoRA files for it. report.json gets, by model, the shapes of its parameters and those of
+its text encoders, and by file the warnings of the loader. FOLDER/MODEL/NAME.probe holds ΔW @ p for every parameter that
+the file changes, where p_j = cos(j): of ones that are zeros, or for kinds.safetensors those of `weight`. Of files that
 are named keys-* only the names are looked up.
 """
 
@@ -74,7 +74,7 @@ def main(checkout, folder):
         model = config.get_model({}, device=torch.device("meta"))
         encoders = encoders_of(name)
         states = [model.state_dict(), *([encoders.state_dict()] if encoders is not None else [])]
-        weights = {key: tensor.shape for state in states for key, tensor in state.items() if tensor.ndim > 1}
+        weights = {key: tensor.shape for state in states for key, tensor in state.items() if tensor.ndim}
         names = comfy.lora.model_lora_keys_unet(model, {})
         if encoders is not None:
             names = comfy.lora.model_lora_keys_clip(encoders, names)

@@ -169,3 +169,26 @@ def test_the_whole_change_of_a_dora_by_column_is_what_lycoris_computes(tmp_path,
     kept = with_base(lora, tmp_path / "base.safetensors", "rescale")
     ComfyUI().write(kept, tmp_path / "comfy.safetensors", None, {})
     assert prove(lora, ComfyUI().read(tmp_path / "comfy.safetensors")).ok
+
+
+def test_doras_by_column_on_q_k_and_v_become_one_whole_change(tmp_path, run):
+    functional = pytest.importorskip("lycoris.functional.general")
+    torch = pytest.importorskip("torch")
+    base, tensors, expected = native_base(tmp_path), {}, []
+    for number, (part, weight) in enumerate(zip("qkv", np.split(weights()[QKV], 3), strict=True)):
+        key = f"lycoris_layers_0_attention_to_{part}"
+        up, down, scale = random(5 + number, H, 2), random(8 + number, 2, H), np.abs(random(11 + number, 1, H)) + 1
+        tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.dora_scale": scale}
+        tensors[f"{key}.alpha"] = np.array(2, np.float32)
+        merged = torch.from_numpy(weight + up @ down)
+        expected.append(functional.weight_decompose(merged, torch.from_numpy(scale), 1, False).numpy() - weight)
+    path, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    write_tensors(path, tensors, FAMILY)
+    for arguments in ((), ("--base", base)):
+        code, _, err = run("convert", path, "-o", out, *arguments)
+        assert (code, "--base MODEL --dora diff" in err) == (4, True)
+    assert run("convert", path, "-o", out, "--base", base, "--dora", "diff")[0] == 0
+    found = read_tensors(out)[f"diffusion_model.{QKV}.diff"]
+    np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-5)
+    assert run("verify", path, out, "--base", base)[0] == 0
+    assert run("verify", path, out)[0] != 0

@@ -19,6 +19,7 @@ from small_loras import dense
 
 from loraport.lora.canonical import LoraFile, LoraModule, LowRank
 from loraport.lora.dialect import detect_dialect
+from loraport.lora.stacked import Full
 from loraport.lora.storage import read_tensors, write_tensors
 from loraport.plugins import plugins
 from loraport_convert.codec.keys import split
@@ -178,6 +179,46 @@ def encoder_modules(model):
     return found
 
 
+def vectors(model):
+    """{ComfyUI's name of a bias, a norm or a modulation: the change of it} of the first layers, at their real sizes."""
+    family, rng, found = FAMILIES[models.family_of(model)], np.random.default_rng(6), {}
+    named = dict(models.build(model).named_modules())
+    first = set(first_of_each(model))
+    for name in models.norms(model):
+        if not _is_first(name):
+            continue
+        (span,) = family.native(name)
+        for kind in ("", ".bias") if models.norms(model)[name] else ("",):
+            found[span.module + kind] = rng.standard_normal(named[name].weight.shape).astype(np.float32)
+    for native, rows in models.layout(model).items():
+        if family.has_bias(native) and {row[2] for row in rows} <= first:
+            found[f"{native}.bias"] = rng.standard_normal(rows[0][5]).astype(np.float32)
+    if model == "wan-14b":
+        found |= {"blocks.0.modulation": rng.standard_normal((1, 6, 5120)).astype(np.float32)}
+    return found
+
+
+def _is_first(name):
+    return not any(f"{stack}.{number}." in f"{name}." for stack in ("blocks", "layers") for number in range(1, 70))
+
+
+def parameter(native):
+    """ComfyUI's key of what a native name without a matrix means."""
+    own = native.endswith((".bias", ".scale", ".modulation"))
+    return f"diffusion_model.{native}" if own else f"diffusion_model.{native}.weight"
+
+
+def vectors_styled(model, style):
+    """The same as a trainer would write it that knows diffusers' names, and `.diff_b` for biases."""
+    start, family, tensors = STYLES[style][0], FAMILIES[models.family_of(model)], {}
+    for native, change in vectors(model).items():
+        for span in family.diffusers(native, None):
+            owner = span.module.removesuffix(".bias")
+            key = start + (owner.replace(".", "_") if start.endswith("_") else owner)
+            tensors[f"{key}.diff_b" if native.endswith(".bias") else f"{key}.diff"] = change  # the names count
+    return tensors
+
+
 def write_files(model, folder, dialects):
     """Everything that ComfyUI is asked about a model."""
     source = folder / f"{model}.safetensors"
@@ -190,7 +231,13 @@ def write_files(model, folder, dialects):
         write_tensors(folder / model / "own.safetensors", keyed(trained(model), ITS_OWN[model]), {})
     kinds = {name: adapter(kind, name, shape)[0] for kind, name, shape in modules_for(model)}
     dialects["comfyui"].write(LoraFile(lora.family, kinds), folder / model / "kinds.safetensors", None, {})
+    whole = {name: LoraModule(name, Full(change), 1.0) for name, change in vectors(model).items()}
+    if whole:
+        for target in ("comfyui", "kohya"):
+            path = folder / model / f"vectors-{target}.safetensors"
+            dialects[target].write(LoraFile(lora.family, whole), path, None, {})
     for style in STYLES:
+        write_tensors(folder / model / f"keys-vectors-{style}.safetensors", vectors_styled(model, style), {})
         write_tensors(folder / model / f"keys-{style}.safetensors", styled(trained(model), style), {})
     if encoders := encoder_modules(model):
         for target in ("comfyui", "kohya", "diffusers"):
@@ -260,6 +307,9 @@ def wanted_of(model, name):
     if name.startswith("encoders"):
         modules = encoder_modules(model).values()
         return {f"{each.name.removeprefix('text_encoders.')}.weight": probed(dense(each)) for each in modules}
+    if name.startswith("vectors"):
+        changes = {parameter(native): change.reshape(len(change), -1) for native, change in vectors(model).items()}
+        return {key: probed(change) for key, change in changes.items()}
     return expected(model)
 
 
@@ -337,6 +387,31 @@ def test_comfyui_applies_every_text_encoder(comfy, model, target):
     assert max(apart.values()) < 1e-4, apart
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_comfyuis_model_has_the_norms_and_the_biases_of_the_tables_and_no_other_bias(comfy, model):
+    family, state = FAMILIES[models.family_of(model)], report(comfy, model)["weights"]
+    for name in models.norms(model):
+        (span,) = family.native(name)
+        assert parameter(span.module) in state, span.module
+        assert (f"diffusion_model.{span.module}.bias" in state) == family.has_bias(span.module), span.module
+    for native in models.natives(model):
+        assert (f"diffusion_model.{native}.bias" in state) == family.has_bias(native), native
+
+
+@pytest.mark.parametrize("target", ["comfyui", "kohya"])
+@pytest.mark.parametrize("model", MODELS)
+def test_comfyui_changes_biases_norms_and_modulations_as_they_were_trained(comfy, model, target):
+    name = f"vectors-{target}"
+    missed = set(report(comfy, model)["files"][name])
+    own = {native for native in vectors(model) if native.endswith((".scale", ".modulation"))}
+    # Under kohya's prefix it knows only what is called a weight.
+    assert len(missed) == (len(own) if target == "kohya" else 0)
+    apart = differences(comfy, model, name)
+    lacking = {parameter(native) for native in own} if target == "kohya" else set()
+    assert set(apart) == {parameter(native) for native in vectors(model)} - lacking
+    assert max(apart.values()) < 1e-6
+
+
 def not_found(folder, model, name):
     """The modules of a file, under its own names, of which ComfyUI's loader says that it found no key."""
     lines = report(folder, model)["files"][name]
@@ -344,7 +419,7 @@ def not_found(folder, model, name):
     return {split(key)[0] for key in keys}
 
 
-@pytest.mark.parametrize("style", [*STYLES, "encoders-diffusers"])
+@pytest.mark.parametrize("style", [*STYLES, *(f"vectors-{style}" for style in STYLES), "encoders-diffusers"])
 @pytest.mark.parametrize("model", MODELS)
 def test_inspect_knows_beforehand_which_modules_comfyui_does_not_find(comfy, model, style):
     path = comfy / model / f"keys-{style}.safetensors"

@@ -150,23 +150,33 @@ def _whole_change(module: LoraModule, weight: Array) -> LoraModule:
     """ΔW of a DoRA, (out, in[, kh, kw]) in fp32: the scaled W + P, less W."""
     diff = np.empty(module.factors.shape, np.float32)
     rows = module.dora.gain()[:, None] if isinstance(module.dora, RowScale) else None
-    columns = _column_gain(module, weight) if isinstance(module.dora, ColumnScale) else None
+    columns = _column_gains(module, weight) if isinstance(module.dora, ColumnScale) else []
     for start, stop, before, after in _blocks(module, weight):
         if rows is not None:
             after *= rows[start:stop]
-        elif columns is not None:
-            after *= columns
+        for first, last, gain in columns:
+            after[max(first - start, 0) : max(last - start, 0)] *= gain
         diff[start:stop] = after - before
     return LoraModule(module.name, Full(diff.reshape(weight.shape)), 1.0)
 
 
-def _column_gain(module: LoraModule, weight: Array) -> Float64:
-    """The factor on each column of the matrix (out, in·kh·kw), all of an input's kernel alike."""
+def _column_gains(module: LoraModule, weight: Array) -> list[tuple[int, int, Float64]]:
+    """(first row, row after the last, factors on the columns of the matrix (out, in·kh·kw)) of each part of the module.
+
+    All of an input's kernel has the same factor.
+    """
     assert isinstance(module.dora, ColumnScale)
-    squares = sum(np.sum(after**2, axis=0) for _, _, _, after in _blocks(module, weight))
-    trained = module.dora.trained.astype(np.float64)
-    gain = trained / np.sqrt(np.asarray(squares).reshape(len(trained), -1).sum(axis=1))
-    return np.repeat(gain, module.factors.shape[1] // len(trained))
+    out, columns = module.factors.shape
+    ends = module.dora.ends or (out,)
+    edges = list(zip((0, *ends), ends, strict=False))
+    squares = np.zeros((len(ends), columns))
+    for start, _, _, after in _blocks(module, weight):
+        for part, (first, last) in enumerate(edges):
+            squares[part] += np.sum(after[max(first - start, 0) : max(last - start, 0)] ** 2, axis=0)
+    trained = np.atleast_2d(module.dora.trained.astype(np.float64))
+    gains = trained / np.sqrt(squares.reshape(*trained.shape, -1).sum(axis=2))
+    wide = np.repeat(gains, columns // trained.shape[1], axis=1)
+    return [(first, last, gain) for (first, last), gain in zip(edges, wide, strict=True)]
 
 
 def _blocks(module: LoraModule, weight: Array) -> Iterator[tuple[int, int, Float64, Float64]]:

@@ -32,7 +32,7 @@ from loraport.lora.storage import Tensors, read_tensors
 from loraport.lora.streaming import stream_tensors
 from loraport_convert.codec import keys
 from loraport_convert.codec.decode import FAMILY_KEY
-from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors, spelled
+from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors, of_one_module, spelled
 from loraport_convert.codec.header import dora_of, factors_of, fields_of, measure
 from loraport_convert.dialects.base import known
 from loraport_convert.dtypes import cast
@@ -201,7 +201,9 @@ def _without_core(module: LoraModule) -> LoraModule:
 
 def _dora_scale(dora: RowScale | ColumnScale, name: str) -> Array:
     """In fp32: it multiplies W itself, so its rounding weighs more than that of the factors."""
-    if isinstance(dora, ColumnScale) or dora.divisor == "base":
+    if isinstance(dora, ColumnScale):
+        scale = of_one_module(dora, name).trained.astype(np.float64)
+    elif dora.divisor == "base":
         scale = dora.trained.astype(np.float64)
     elif dora.base_norm is None:
         raise DataError(

@@ -29,6 +29,8 @@ _DIFFUSERS_NAMES = {
 #: Of FLUX.2 it has no such names for what the blocks share.
 _SHARED_OF_FLUX2 = ("double_stream_modulation", "single_stream_modulation", "time_guidance_embed")
 #: Of Stable Diffusion it takes dotted names of attention as diffusers had them when they were processors.
+#: Parameters that are the weight of no module, which it takes under their own full names alone.
+_PARAMETERS = (".scale", ".modulation")
 _ATTENTION = re.compile(r"\.(processor\.)?to_(?:[qkv]|out(\.0)?)$")
 _OWN = "text_encoders."
 _NATIVE = ("diffusion_model.", "lora_unet_")
@@ -123,6 +125,8 @@ def _known(prefixed: str, family: str | None) -> bool:
     if family not in FAMILIES:
         return prefix in _NATIVE
     native = FAMILIES[family].native(module.name, None, module.flat)
+    if native is not None and native[0].module.endswith(_PARAMETERS):
+        return prefix == _NATIVE[0] and _same(native, module)
     if prefix in _NATIVE and (native is None or _same(native, module)):
         return native is not None
     lacks = family == "flux2" and module.name.startswith(_SHARED_OF_FLUX2)

@@ -315,10 +315,13 @@ def _dora(name: str, doras: list[RowScale | ColumnScale], moves: list[_Move]) ->
     rows = [each for each in doras if isinstance(each, RowScale)]
     if not rows and len({id(move.source) for move in moves}) == 1 and _is_whole(moves):
         return doras[0]
+    if not rows and len(doras) == len(moves) and _is_whole(moves):
+        trained = [each.trained for each in doras]
+        return ColumnScale(np.stack(trained), doras[0].axes, tuple(move.end for move in moves))
     if len(rows) < len(doras):
         raise DataError(
-            f"LoRA module {name} is put together from DoRAs by column, whose norms are those of each part alone.",
-            hint="Under ComfyUI's own names no file can hold it. Train the DoRA by row (LyCORIS: wd_on_output).",
+            f"LoRA module {name} is made of parts of DoRAs by column, whose norms are those of other rows too.",
+            hint="Train q, k and v alike, or the DoRA by row (LyCORIS: wd_on_output).",
         )
     if len(doras) < len(moves) or sum(len(each.trained) for each in rows) != moves[0].rows:
         raise DataError(

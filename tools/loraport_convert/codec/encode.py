@@ -37,6 +37,17 @@ def low_rank_tensors(module: LoraModule, dtype: str | None, up: str, down: str) 
     return {up: arrays["up"], down: arrays["down"], keys.ALPHA: alpha(module, module.factors.rank)}
 
 
+def of_one_module(dora: ColumnScale, name: str) -> ColumnScale:
+    """The DoRA by column, where it is that of one module. Raises NotExact for one of several, which no file holds."""
+    if dora.ends:
+        raise NotExact(
+            f"LoRA module {name} is put together from DoRAs by column, whose norms are those of each part alone.",
+            module=name,
+            hint="Its whole change can be written: --base MODEL --dora diff.",
+        )
+    return dora
+
+
 def dora_shaped(numbers: Array, dora: RowScale | ColumnScale) -> Array:
     """A DoRA's numbers in the shape in which LyCORIS and ComfyUI hold them against the weight: (out, 1[, 1, 1]), or
     (1, in[, 1, 1]) by column."""

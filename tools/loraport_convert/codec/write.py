@@ -24,6 +24,7 @@ from loraport_convert.codec.encode import (
     low_rank_tensors,
     lycoris_tensors,
     narrow,
+    of_one_module,
     spelled,
     without_core,
 )
@@ -271,6 +272,8 @@ def _magnitude(module: LoraModule) -> Array:
     """The trained magnitude, as DoRA defines it: (out,), or (in,) of one by column."""
     dora = module.dora
     assert dora is not None
+    if isinstance(dora, ColumnScale):
+        of_one_module(dora, module.name)
     if isinstance(dora, RowScale) and dora.divisor != "merged":
         raise NotExact(
             f"LoRA module {module.name} has a DoRA scale made for ComfyUI; the trained magnitude is not in the file.",

@@ -1,0 +1,104 @@
+"""Compiled code computes what plain code does under every other setting, and is compiled once for all blocks.
+
+What is compiled here is the graph and mostly its backward pass, by torch's own machinery without the code generator,
+which takes most of the time; `test_quantize.py` has trainings with that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_steps import model_with, step
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from loraport_native.compile import compile_model
+from loraport_native.lora import Adapter
+from loraport_native.models.ideogram4 import Ideogram4
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, backend: str) -> CompileCounterWithBackend:
+    """Counts compilations, which `backend` does."""
+    found, compile_it = CompileCounterWithBackend(backend), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_it(function, backend=found))
+    torch._dynamo.reset()
+    return found
+
+
+def compiled(checkpoint: Path, mode: str = "regional", **settings: Any) -> tuple[Ideogram4, Adapter]:
+    model, adapter = model_with(checkpoint, **settings)
+    compile_model(model, model.layers, mode)
+    return model, adapter
+
+
+#: Each storage, computation, place, degree of recomputation and adapter at least once, and what is likely to meet.
+COMBINATIONS: list[dict[str, Any]] = [
+    {"storage": "none", "offload": "group", "gradient_checkpointing": "selective", "kind": "lora", "dora": True},
+    {"storage": "none", "offload": "none", "gradient_checkpointing": "none", "kind": "loha"},
+    {"storage": "fp8", "offload": "group", "gradient_checkpointing": "full", "kind": "lokr"},
+    {"storage": "fp8", "compute": "fp8", "offload": "none", "gradient_checkpointing": "none", "kind": "lora"},
+    {"storage": "fp8", "compute": "fp8", "offload": "group", "gradient_checkpointing": "selective", "kind": "lora"},
+    {"storage": "fp8", "compute": "fp8", "offload": "group+activations", "kind": "lokr"},
+    {"storage": "int8", "compute": "int8", "offload": "disk", "gradient_checkpointing": "none", "kind": "lora"},
+    {"storage": "int8", "offload": "group+activations", "kind": "lora", "dropout": 0.3},
+    {"storage": "nf4", "offload": "none", "gradient_checkpointing": "full", "kind": "lokr"},
+    {"storage": "nf4", "offload": "disk", "gradient_checkpointing": "full", "kind": "lora"},
+]
+
+
+@pytest.mark.parametrize("settings", COMBINATIONS, ids=lambda given: "-".join(map(str, given.values())))
+def test_compiled_blocks_compute_what_plain_ones_do(
+    tiny_official: Path,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LORAPORT_CACHE", str(tmp_path))
+    counter = counting(monkeypatch, "aot_eager")
+    wanted = step(*model_with(tiny_official, **settings), lengths=[5, 3])
+    found = step(*compiled(tiny_official, **settings), lengths=[5, 3])
+    assert counter.frame_count
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
+
+
+@pytest.mark.slow
+def test_the_whole_model_in_one_graph_computes_what_its_parts_do(
+    tiny_official: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = counting(monkeypatch, "eager")
+    settings = {"storage": "fp8", "gradient_checkpointing": "full"}
+    wanted = step(*model_with(tiny_official, **settings))
+    found = step(*compiled(tiny_official, "full", **settings))
+    assert counter.frame_count == 1
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
+
+
+def test_blocks_share_their_code_and_a_third_size_needs_no_more(
+    tiny_official: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = counting(monkeypatch, "eager")
+    model, adapter = compiled(tiny_official, gradient_checkpointing="none")
+    counts = []
+    for tokens, grid in [(5, (4, 4)), (7, (4, 4)), (7, (6, 4)), (12, (4, 6)), (9, (6, 6))]:
+        step(model, adapter, batch=1, tokens=tokens, grid=grid)
+        counts.append(counter.frame_count)
+    # The first block's input needs no gradient, so there are two kinds of block, for the first size and for any.
+    assert counts == [2, 4, 4, 4, 4]
+
+
+def test_batches_padded_in_new_ways_are_compiled_a_few_times_and_no_more(
+    tiny_official: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = counting(monkeypatch, "eager")
+    model, adapter = compiled(tiny_official, gradient_checkpointing="none")
+    counts = []
+    for lengths in [[9, 5], [4, 9], [9, 6], [3, 9], [11, 4], [2, 11], [8, 10]]:
+        step(model, adapter, lengths, tokens=max(lengths))
+        counts.append(counter.frame_count)
+    # Where padding begins is a number like any other; which sample has none is other code.
+    assert counts[4] <= 8
+    assert counts[5:] == counts[4:5] * 2

@@ -208,7 +208,7 @@ class Masters:
 
     They lie in one tensor, `flat`, of which `weights` are views, and so do their gradients: clipping, summing over GPUs
     and stepping are then a kernel each, not one for each of hundreds of factors. Each begins at a multiple of
-    `_ALIGNMENT` numbers; what is between them is zero and stays so.
+    `_ALIGNMENT` numbers; what is between them has no gradient and is never read.
     """
 
     def __init__(self, adapter: Adapter, dtype: torch.dtype):

@@ -59,6 +59,57 @@ def test_the_8_bit_optimizer_keeps_its_moments_in_8_bits() -> None:
     assert optimizer.state[weight]["state1"].dtype == torch.uint8
 
 
+FACTORS = [
+    (16, 1000),
+    (4608, 4),
+    (3, 5),
+    (64, 64),
+]  #: one whose size is no multiple of 256, one below bitsandbytes' least
+
+
+@pytest.mark.parametrize("name", sorted(set(CLASSES) - {"adafactor"}))
+def test_factors_that_lie_in_one_tensor_are_stepped_as_each_by_itself(name: str) -> None:
+    """So one kernel can step them all. Adafactor knows rows and columns, and steps each by itself."""
+    draw = torch.Generator().manual_seed(0)
+    starts = [0]
+    for shape in FACTORS:
+        starts.append(starts[-1] + math.ceil(math.prod(shape) / 256) * 256)
+    flat = nn.Parameter(torch.zeros(starts[-1]))
+    flat.grad = torch.zeros_like(flat)
+    alone = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in FACTORS]
+
+    def parts(whole: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            whole[start : start + math.prod(shape)].view(shape) for start, shape in zip(starts, FACTORS, strict=False)
+        ]
+
+    for part, weight in zip(parts(flat.detach()), alone, strict=True):
+        part.copy_(weight.detach())
+    train = TrainSection(optimizer=name, learning_rate=1.0 if name == "prodigy" else 1e-2, weight_decay=0.1)
+    together, apart = make_optimizer([flat], train), make_optimizer(alone, train)
+    for _ in range(20):
+        for part, weight in zip(parts(flat.grad), alone, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=draw) + weight.detach()
+            part.copy_(weight.grad)
+        together.step()
+        apart.step()
+    for part, weight in zip(parts(flat.detach()), alone, strict=True):
+        if name == "adamw8bit" and weight.numel() < 4096:  # by itself its moments have 32 bits
+            torch.testing.assert_close(part, weight.detach(), rtol=0.05, atol=0.01)
+        else:
+            torch.testing.assert_close(part, weight.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_trainer_steps_one_tensor_however_many_factors_there_are(
+    make_spec: Any, make_trainer: Any, name: str
+) -> None:
+    trainer = make_trainer(make_spec(train={"optimizer": name}))
+    (group,) = trainer.optimizer.param_groups
+    assert len(trainer.masters.weights) > 10
+    assert len(group["params"]) == (len(trainer.masters.weights) if name == "adafactor" else 1)
+
+
 def linear(step: int, progress: float, cycles: int) -> float:
     return 1 - progress
 

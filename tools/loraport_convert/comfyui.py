@@ -34,6 +34,7 @@ from loraport_convert.codec import keys
 from loraport_convert.codec.decode import FAMILY_KEY
 from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors, of_one_module, spelled
 from loraport_convert.codec.header import dora_of, factors_of, fields_of, measure
+from loraport_convert.codec.keys import split
 from loraport_convert.dialects.base import known
 from loraport_convert.dtypes import cast
 from loraport_convert.families import FAMILIES
@@ -41,6 +42,7 @@ from loraport_convert.families.detect import detect_family
 from loraport_convert.families.rules import ModuleMap, Shape, Span
 
 PREFIX = "diffusion_model."
+_LEAVES_OUT = 0.85  #: below what other readers of its prefix are sure of
 _UNREAD = (*keys.MAGNITUDES, keys.PEFT_BIAS, keys.DIFF_MODULATION)
 
 
@@ -60,11 +62,13 @@ class ComfyUI:
         self, keys: Collection[str], shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
     ) -> float:
         """The share of keys that ComfyUI reads: under its prefixes, and not by diffusers' names for a family's
-        modules."""
+        modules. A file of which it would leave out what others understand is not written for it."""
         mine = [key for key in keys if _split(key) is not None]
         if not mine:
             return 0.0
         share = len(mine) / len(keys)
+        if any(key.startswith(PREFIX) and _split(key) is None and split(key) is not None for key in keys):
+            share = min(share, _LEAVES_OUT)
         return share if _are_native(mine, shapes, metadata.get(FAMILY_KEY)) else 0.5 * share
 
     def read(self, path: Path) -> LoraFile:

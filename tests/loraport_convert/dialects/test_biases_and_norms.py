@@ -98,16 +98,15 @@ def test_each_goes_where_comfyui_looks_for_it_bit_for_bit(converted, family):
     now="It becomes the change of `modulation`, which ComfyUI loads; biases and norms stay, bit for bit.",
 )
 def test_a_distilled_lora_of_wan_keeps_its_biases_norms_and_modulations(converted):
-    key = "diffusion_model.blocks.0"
-    tensors = {
-        **pair(f"{key}.self_attn.q"),
-        f"{key}.self_attn.q.diff_b": random(H),
-        f"{key}.self_attn.norm_q.diff": random(H),
-        f"{key}.norm3.diff": random(H),
-        f"{key}.norm3.diff_b": random(H),
-        f"{key}.diff_m": random(1, 6, H),
-        "diffusion_model.head.diff_m": random(1, 2, H),
-    }
+    tensors = {"diffusion_model.head.diff_m": random(1, 2, H)}
+    for key in (f"diffusion_model.blocks.{number}" for number in range(4)):
+        for part in ("q", "k", "v", "o"):
+            for attention in ("self_attn", "cross_attn"):
+                tensors |= pair(f"{key}.{attention}.{part}")
+                tensors[f"{key}.{attention}.{part}.diff_b"] = random(H)
+        tensors[f"{key}.self_attn.norm_q.diff"] = random(H)
+        tensors |= {f"{key}.norm3.diff": random(H), f"{key}.norm3.diff_b": random(H)}
+        tensors[f"{key}.diff_m"] = random(1, 6, H)
     found = converted(tensors, "wan")
     expected = {name.replace(".diff_m", ".modulation.diff"): array for name, array in tensors.items()}
     assert set(found) == set(expected)

@@ -157,16 +157,13 @@ class Advice:
         disk = self.disk
         if disk is None:
             return "not known: the backend does not predict it for this spec."
+        parts = f"checkpoints {size_text(disk.checkpoints)}, LoRA {size_text(disk.result)}"
+        if disk.weights:
+            parts += f", the model's blocks while it trains {size_text(disk.weights)}"
         if self.facts is None:
-            parts = f"checkpoints {size_text(disk.checkpoints)}, LoRA {size_text(disk.result)}"
-            return (
-                f"{size_text(disk.checkpoints + disk.result)} and the cache: {parts}; the dataset cannot be searched."
-            )
+            return f"{size_text(disk.total - disk.cache)} and the cache: {parts}; the dataset cannot be searched."
         about = "about" if self.facts.exact else "at most about"
-        parts = (
-            f"cache {size_text(disk.cache)}, checkpoints {size_text(disk.checkpoints)}, LoRA {size_text(disk.result)}"
-        )
-        return f"{about} {size_text(disk.total)}: {parts}."
+        return f"{about} {size_text(disk.total)}: cache {size_text(disk.cache)}, {parts}."
 
     def to_dict(self) -> dict[str, Any]:
         """The advice as plain data for JSON; sizes in bytes, times in seconds."""
@@ -188,6 +185,7 @@ class Advice:
                 "cache": disk.cache,
                 "checkpoints": disk.checkpoints,
                 "result": disk.result,
+                "weights": disk.weights,
                 "exact": facts is not None and facts.exact,
             },
         }

@@ -25,10 +25,11 @@ class Disk:
     cache: int
     checkpoints: int
     result: int  #: the LoRA for ComfyUI
+    weights: int = 0  #: of the model, which wait on disk while it trains
 
     @property
     def total(self) -> int:
-        return self.cache + self.checkpoints + self.result
+        return self.cache + self.checkpoints + self.result + self.weights
 
 
 #: A backend's optional `predict_disk`: (resolved spec, its dataset) → what it writes, or None when nothing can be said.

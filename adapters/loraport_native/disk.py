@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loraport.disk import Contents, Disk, checkpoints_at_once
-from loraport_native.footprint import BYTES, OPTIMIZER_BYTES, dimensions_of, trained_parameters
+from loraport_native.footprint import BYTES, OPTIMIZER_BYTES, blocks_bytes, dimensions_of, trained_parameters
 
 if TYPE_CHECKING:
     from loraport.families import Family
@@ -31,6 +31,7 @@ def predict(spec: TrainSpec, family: Family, contents: Contents) -> Disk | None:
         cache=cache_bytes(image_tokens, channels, contents.caption_tokens, dimensions.width, number),
         checkpoints=round(checkpoint * checkpoints_at_once(spec.train.steps, spec.save)),
         result=BYTES[spec.save.dtype] * trained,
+        weights=spec.train.gpus * blocks_bytes(spec, family, dimensions) if spec.memory.offload == "disk" else 0,
     )
 
 

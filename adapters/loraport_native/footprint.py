@@ -110,6 +110,11 @@ def dimensions_of(spec: TrainSpec, family: Family) -> Dimensions | None:
         return None
 
 
+def blocks_bytes(spec: TrainSpec, family: Family, dimensions: Dimensions) -> int:
+    """Bytes of all blocks as they are stored."""
+    return round(dimensions.blocks * Run(spec, family, dimensions, 0).block_bytes())
+
+
 class Run:
     """The phases of one run."""
 
@@ -220,11 +225,11 @@ class Run:
 
     def _frozen(self) -> float:
         """Bytes of the blocks on the device, as they are stored, and of the layers around them."""
-        of, block = self.dimensions, self._block()
+        of, block = self.dimensions, self.block_bytes()
         count = of.blocks if self.spec.memory.offload == "none" else min(of.blocks, SLOTS)
         return count * block + of.other_parameters * self.number
 
-    def _block(self) -> float:
+    def block_bytes(self) -> float:
         """Bytes of a block as it is stored."""
         of, storage = self.dimensions, self.spec.memory.storage
         block = of.block_parameters * _stored_bytes(storage, self.number)
@@ -280,7 +285,7 @@ class Run:
 
     def _upwards(self) -> float:
         """Bytes of the blocks that the forward pass has on the device besides `SLOTS` (`stream.slots_upwards`)."""
-        block = self._block()
+        block = self.block_bytes()
         return STATES_UPWARDS * self._state() // block * block
 
 

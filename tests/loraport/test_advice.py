@@ -134,6 +134,11 @@ def test_the_disk_line_sums_cache_checkpoints_and_result(images: Path) -> None:
     wanted = spec({"path": str(images)})
     line = advise(wanted, backend, look_at(wanted), None, []).disk_line()
     assert line == "at most about 3.0 GB: cache 10 MB, checkpoints 3.0 GB, LoRA 2 kB."
+    streaming = SimpleNamespace(name="other", predict_disk=lambda spec, contents: Disk(0, 10**9, 2_000, 5 * 10**9))
+    line = advise(wanted, streaming, look_at(wanted), None, []).disk_line()
+    assert line.endswith(
+        "about 6.0 GB: cache 0 kB, checkpoints 1.0 GB, LoRA 2 kB, the model's blocks while it trains 5.0 GB."
+    )
     silent = SimpleNamespace(name="other")
     assert advise(wanted, silent, None, None, []).disk_line().startswith("not known")
 

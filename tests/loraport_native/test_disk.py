@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loraport.buckets import bucket_for
 from loraport.dataset import scan
@@ -15,6 +17,7 @@ from loraport.ideogram4 import IDEOGRAM4
 from loraport_native.disk import predict
 from loraport_native.models.checkpoint import find_checkpoint, load_tokenizer
 from loraport_native.models.tokens import tokenize
+from loraport_native.placement import load_placed
 
 NOTHING = Contents(pixels=0, caption_tokens=0)
 #: Headers of the files, and names of the tensors, are not predicted.
@@ -89,6 +92,27 @@ def test_the_result_follows_the_dtype_it_is_saved_in(make_spec: Callable[..., An
     assert half is not None
     assert whole is not None
     assert whole.result == 2 * half.result > 0
+
+
+@pytest.mark.parametrize("quantize", ["none", "fp8", "int8", "nf4"])
+def test_the_file_of_blocks_that_wait_on_disk_counts(
+    make_spec: Callable[..., Any],
+    tiny_official: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quantize: str,
+) -> None:
+    monkeypatch.setenv("LORAPORT_CACHE", str(tmp_path))
+    streamed = make_spec(memory={"quantize": quantize, "offload": "disk"})
+    _, stream = load_placed(find_checkpoint(str(tiny_official)), streamed.memory, torch.float32, torch.device("cpu"))
+    assert stream is not None
+    predicted = predict(streamed, IDEOGRAM4, NOTHING)
+    resident = predict(make_spec(memory={"quantize": quantize}), IDEOGRAM4, NOTHING)
+    assert predicted is not None
+    assert resident is not None
+    assert (resident.weights, predicted.total - resident.total) == (0, predicted.weights)
+    # The tiny blocks are so small that what is between their tensors counts.
+    assert predicted.weights == pytest.approx(os.fstat(stream.source.file.fileno()).st_size, rel=0.1)
 
 
 def test_nothing_is_said_of_the_tiny_checkpoint(make_spec: Callable[..., Any]) -> None:

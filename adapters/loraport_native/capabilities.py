@@ -25,7 +25,7 @@ _OFFLOAD = {
     "none": "every block stays on the device",
     "group": "blocks are streamed from pinned host memory, ahead of their use, in both directions",
     "group+activations": "blocks are streamed from pinned host memory, and saved activations go there and back",
-    "disk": "blocks are streamed from the mapped file of the checkpoint",
+    "disk": "blocks are streamed from a file that is made of them in the cache folder, read ahead of their use",
 }
 _COMPILE = {
     "none": "nothing is compiled",

@@ -82,7 +82,7 @@ def _module(name: str, ingredients: Sequence[Ingredient]) -> LoraModule:
         module, each = modules[0]
         if isinstance(module.factors, Verbatim) and each.strength != 1:
             raise DataError(
-                f"{each.path}: module {name} is a {module.factors.algorithm}, of which no other strength can be kept.",
+                f"{each.path}: module {name} ({module.factors.algorithm}) can be kept at no other strength than 1.",
                 hint="Give it the strength 1, or use the LoRAs one after the other in ComfyUI.",
             )
         return replace(module, scale=module.scale * each.strength)

@@ -93,3 +93,26 @@ def test_loras_of_different_models_are_refused(run, comfy, tmp_path):
     write_tensors(tmp_path / "flux.safetensors", flux, {})
     code, _, error = run("merge", comfy(), tmp_path / "flux.safetensors", "-o", tmp_path / "out.safetensors")
     assert (code, "different models" in error) == (4, True)
+
+
+def test_whole_changes_biases_and_norms_are_added(run, tmp_path):
+    key, shapes = "diffusion_model.layers.0", {"attention.o.diff": (32, 32), "ffn_norm1.diff": (32,)}
+    shapes["adaln_modulation.diff_b"] = (128,)
+    rng, files = np.random.default_rng(0), []
+    for number in range(2):
+        files.append({f"{key}.{name}": rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()})
+        write_tensors(tmp_path / f"{number}.safetensors", files[-1], {"loraport.family": "ideogram4"})
+    out = tmp_path / "sum.safetensors"
+    assert run("merge", f"{tmp_path}/0.safetensors:0.5", f"{tmp_path}/1.safetensors:2", "-o", out)[0] == 0
+    found = read_tensors(out)
+    assert set(found) == set(files[0])
+    for name, array in found.items():
+        np.testing.assert_allclose(array, 0.5 * files[0][name] + 2 * files[1][name], rtol=1e-6)
+
+
+def test_an_oft_is_merged_at_its_own_strength_alone(run, tmp_path, comfy):
+    blocks = {"diffusion_model.layers.1.attention.o.oft_blocks": np.ones((8, 4, 4), np.float32)}
+    write_tensors(tmp_path / "oft.safetensors", blocks, {"loraport.family": "ideogram4"})
+    code, _, err = run("merge", f"{tmp_path}/oft.safetensors:0.5", comfy(), "-o", tmp_path / "sum.safetensors")
+    assert (code, "(OFT) can be kept at no other strength" in err) == (4, True)
+    assert run("merge", tmp_path / "oft.safetensors", comfy(), "-o", tmp_path / "sum.safetensors")[0] == 0

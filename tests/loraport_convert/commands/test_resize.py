@@ -80,3 +80,17 @@ def test_a_convolution_keeps_its_kernel(run, tmp_path):
     back = read_tensors(tmp_path / "out.safetensors")
     assert back[f"{key}.lora_down.weight"].shape == (2, 8, 3, 3)
     assert back[f"{key}.lora_up.weight"].shape == (16, 2, 1, 1)
+
+
+def test_norms_and_biases_stay_as_they_are(run, tmp_path, comfy):
+    key = "diffusion_model.layers.0"
+    vectors = {
+        f"{key}.ffn_norm1.diff": np.ones(32, np.float32),
+        f"{key}.adaln_modulation.diff_b": np.ones(8, np.float32),
+    }
+    path, out = comfy(), tmp_path / "small.safetensors"
+    write_tensors(path, {**read_tensors(path), **vectors}, {"loraport.family": "ideogram4"})
+    assert run("resize", path, "--rank", 2, "-o", out)[0] == 0
+    found = read_tensors(out)
+    assert all(found[name].tobytes() == array.tobytes() for name, array in vectors.items())
+    assert found.shapes["diffusion_model.layers.0.attention.o.lora_down.weight"] == (2, 32)

@@ -327,7 +327,8 @@ class MemorySection(Section):
     )
     quantize: str | None = Field(
         None,
-        description="Quantisation of the frozen weights: none, fp8, fp8-dynamic, int8 or nf4; it fills the next two.",
+        description="Quantisation of the frozen weights: none, fp8, fp8-dynamic, int8, int8-dynamic or nf4; it fills "
+        "the next two.",
     )
     storage: Storage | None = Field(None, description="How the frozen weights are stored; none keeps model.dtype.")
     compute: Compute | None = Field(

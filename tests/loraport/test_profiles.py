@@ -41,6 +41,7 @@ def test_a_profile_fills_what_is_left_out_and_the_spec_wins() -> None:
     [
         ({}, ("none", "none", "model")),
         ({"quantize": "fp8-dynamic"}, ("fp8-dynamic", "fp8", "fp8")),
+        ({"storage": "int8", "compute": "int8"}, ("int8-dynamic", "int8", "int8")),
         ({"storage": "fp8"}, ("fp8", "fp8", "model")),
         ({"storage": "fp8", "compute": "fp8"}, ("fp8-dynamic", "fp8", "fp8")),
         ({"storage": "nf4", "compute": "fp8"}, (None, "nf4", "fp8")),
@@ -84,7 +85,7 @@ def test_resolving_twice_changes_nothing() -> None:
         ({"profile": "12g"}, "memory.profile: '12g' is not known. Did you mean '12gb'? Choices: 12gb, 16gb"),
         (
             {"quantize": "nf3"},
-            "memory.quantize: 'nf3' is not known. Did you mean 'nf4'? Choices: fp8, fp8-dynamic, int8, nf4, none",
+            "memory.quantize: 'nf3' is not known. Did you mean 'nf4'? Choices: fp8, fp8-dynamic, int8, int8-dynamic, nf4, none",
         ),
         ({"offload": "floppy"}, "memory.offload: 'floppy' is not known."),
         ({"compile": "region"}, "memory.compile: 'region' is not known. Did you mean 'regional'?"),

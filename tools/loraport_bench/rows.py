@@ -36,6 +36,7 @@ class Row:
     optimizer: str = "adamw8bit"
     gpus: int = 1
     limit_gib: float | None = None  #: of the card that the process may take
+    tune: bool = False  #: `backend.options.tune_kernels`
     stock: Stock | None = None  #: the recipe of its kind
     bar: Bar = field(default_factory=Bar)
 
@@ -68,6 +69,14 @@ _DYNAMIC = "fp8-dynamic-checkpointing"
 
 ROWS = (
     Row("bf16", _memory("none", False), optimizer="adamw", stock="bf16", bar=Bar(seconds=0.38, ratio=2.7)),
+    Row(
+        "bf16-tuned",
+        _memory("none", False),
+        optimizer="adamw",
+        tune=True,
+        stock="bf16",
+        bar=Bar(seconds=0.38, ratio=2.7),
+    ),
     Row("fp8-dynamic", _memory("fp8-dynamic", False), optimizer="adamw", stock="fp8", bar=Bar(seconds=0.30, ratio=3.4)),
     Row(_DYNAMIC, _memory("fp8-dynamic", True), stock="fp8", bar=Bar(seconds=0.40, ratio=2.7, gib=11.5)),
     Row("fp8-dynamic-streamed", _memory("fp8-dynamic", True, "group"), bar=Bar(of=_DYNAMIC, times=1.08, gib=4.0)),
@@ -88,6 +97,7 @@ ROWS = (
     Row("fp8-dynamic-two-gpus", _memory("fp8-dynamic", True), gpus=2, bar=Bar(of=_DYNAMIC, throughput=1.9)),
     Row("fp8-checkpointing", _memory("fp8", True), stock="fp8"),
     Row("int8-checkpointing", _memory("int8", True)),
+    Row("int8-dynamic-checkpointing", _memory("int8-dynamic", True)),
     # A whole run of each preset, caching included, in a process that cannot take more than the card has. CUDA's
     # context, which the limit does not count, takes the last half GiB.
     Row("preset-6gb", {"profile": "6gb"}, resolution=768, rank=16, limit_gib=5.5),

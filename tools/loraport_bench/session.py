@@ -101,7 +101,7 @@ class Session:
         dimensions, memory = Dimensions.of(read_config(self.bench.checkpoint)), row.memory
         recomputed, offload = bool(memory["gradient_checkpointing"]), memory["offload"]
         quantize = memory["quantize"]
-        seconds = floor_seconds(dimensions, length, row.batch, recomputed, quantize == "fp8-dynamic", tflops)
+        seconds = floor_seconds(dimensions, length, row.batch, recomputed, quantize.endswith("-dynamic"), tflops)
         gib = floor_gib(
             dimensions,
             length,
@@ -155,4 +155,6 @@ def _settings(row: Row | StockRow, bench: Bench) -> dict[str, Any]:
     if isinstance(row, StockRow):
         return {"recipe": f"diffusers {row.kind}", **common}
     more = {"optimizer": row.optimizer, "gpus": row.gpus, "limit_gib": row.limit_gib, "memory": row.memory}
+    if row.tune:
+        more["tune_kernels"] = True
     return {**common, "checkpoint": bench.checkpoint.name, **more}

@@ -38,10 +38,11 @@ def recompute(model: Ideogram4, mode: str, blocks: int | None = None) -> None:
     for number, block in enumerate(model.blocks()):
         block.keeps_attention = mode == "selective" and number in chosen
     full = chosen if mode == "full" else set()
+    draws = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
 
     def run_block(number: int, block: nn.Module, *inputs: Any) -> Tensor:
         if number in full and torch.is_grad_enabled():
-            result: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+            result: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
             return result
         return block(*inputs)
 

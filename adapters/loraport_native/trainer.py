@@ -3,6 +3,7 @@ loses nothing: it ends bit-identical to one that was never stopped."""
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -96,9 +97,17 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last step. Raises Stopped when a stop was asked for, BackendError when training diverges."""
         self._resume()
-        spec = self.spec
         self._warm_up()
         self._at_intervals()  # also after resuming: what was due at that step may not have been done
+        gc.collect()
+        gc.freeze()  # the libraries' objects, by the hundred thousand, need not be looked through during steps
+        try:
+            self._take_steps()
+        finally:
+            gc.unfreeze()
+
+    def _take_steps(self) -> None:
+        spec = self.spec
         phase_is_over = True
         while self.step < spec.train.steps:
             if phase_is_over:

@@ -6,14 +6,28 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from loraport.errors import RunFolderError
 
+_synced_by_caller: ContextVar[bool] = ContextVar("synced_by_caller", default=False)
+
+
+@contextmanager
+def synced_by_caller() -> Iterator[None]:
+    """Have files written here without waiting for the disk: the caller syncs them, perhaps while it does more."""
+    token = _synced_by_caller.set(True)
+    try:
+        yield
+    finally:
+        _synced_by_caller.reset(token)
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on a clean exit sync it and rename it over `path`.
+    """Give a temporary path beside `path`; on a clean exit sync it, but within `synced_by_caller`, and rename it over
+    `path`.
 
     Raises RunFolderError when the place cannot be written (read-only, full, not a folder).
     """
@@ -26,8 +40,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        if not _synced_by_caller.get():
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:

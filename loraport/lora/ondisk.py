@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,11 @@ class OnDisk(NDArrayOperatorsMixin, ABC):
     @abstractmethod
     def fill(self, first: int, out: Bytes, checked: bool) -> None:
         """Read rows from `first` on into `out` (rows, bytes of a row), whose rows lie one after another."""
+
+    @property
+    @abstractmethod
+    def place(self) -> Hashable:
+        """Where its numbers lie: arrays of one place are the same as long as no file changes."""
 
     @property
     def ndim(self) -> int:
@@ -111,6 +116,10 @@ class Placed(OnDisk):
     @property
     def dtype(self) -> np.dtype[Any]:  # type: ignore[override]  # a field cannot be read from another one
         return self.pieces[0][2].dtype
+
+    @property
+    def place(self) -> Hashable:
+        return self.shape, tuple((row, column, each.place) for row, column, each in self.pieces)
 
     def fill(self, first: int, out: Bytes, checked: bool) -> None:
         column_bytes = self.row_bytes // self.shape[1]

@@ -36,6 +36,7 @@ from loraport.lora.canonical import (
     exact,
 )
 from loraport.lora.lazy import side_by_side
+from loraport.lora.witness import Witness
 
 # Rounding to a dtype with p significant bits moves each number by at most 2^-p of itself, and a product of two
 # rounded factors by at most twice that: 9.8e-4 for fp16 (p = 11), 7.8e-3 for bf16 (p = 8). Errors of different signs
@@ -163,17 +164,22 @@ class Proof:
 
 
 def prove(
-    source: LoraFile, written: LoraFile, both_rounded: bool = False, kept: Collection[str] = frozenset()
+    source: LoraFile,
+    written: LoraFile,
+    both_rounded: bool = False,
+    kept: Collection[str] = frozenset(),
+    witness: Witness | None = None,
 ) -> Proof:
     """Compare what two files mean, module by module, allowing for the rounding of the written one.
 
     With `both_rounded` neither is the source: the rounding of the coarser of the two dtypes is allowed. `kept` modules
-    were not to be rounded: where they are stored alike in both files nothing at all may differ. Raises DataError when a
-    DoRA part lacks the norms of the base weights in both files.
+    were not to be rounded: where they are stored alike in both files nothing at all may differ. What `witness` has
+    seen to be the same bytes is not read again. Raises DataError when a DoRA part lacks the norms of the base weights
+    in both files.
     """
 
     def compare(name: str) -> ModuleProof:
-        return _compare(source.modules[name], written.modules[name], both_rounded, name in kept)
+        return _compare(source.modules[name], written.modules[name], both_rounded, name in kept, witness)
 
     common = [name for name in source.modules if name in written.modules]
     return Proof(
@@ -185,10 +191,10 @@ def prove(
     )
 
 
-def _compare(a: LoraModule, b: LoraModule, both_rounded: bool, kept: bool) -> ModuleProof:
+def _compare(a: LoraModule, b: LoraModule, both_rounded: bool, kept: bool, witness: Witness | None) -> ModuleProof:
     rounded = [*b.factors.arrays().values(), *(a.factors.arrays().values() if both_rounded else ())]
     tolerance = _LOSSLESS if kept else max(_TOLERANCE.get(array.dtype.name, _LOSSLESS) for array in rounded)
-    same = _same_numbers(a.factors, b.factors)
+    same = _same_numbers(a.factors, b.factors, witness)
     if same and _same_dora(a.dora, b.dora) and (a.dora is None or a.scale == b.scale):
         empty = _is_zero(a.factors) and a.dora is None
         difference = 0.0 if empty else _relative(abs(a.scale - b.scale), abs(a.scale))
@@ -237,12 +243,15 @@ def _compare_columns(a: LoraModule, b: LoraModule, tolerance: float) -> ModulePr
     return ModuleProof(a.name, b.factors.kind, norm, difference, tolerance, zero=False)
 
 
-def _same_numbers(a: Factors, b: Factors) -> bool:
+def _same_numbers(a: Factors, b: Factors, witness: Witness | None) -> bool:
     """Whether two modules store the same factors, bit for bit, of a kind whose arrays are all there is to it."""
     if type(a) is not type(b) or a.kind not in _PLAIN:
         return False
     mine, other = a.arrays(), b.arrays()
-    return mine.keys() == other.keys() and all(same_bits(mine[name], other[name]) for name in mine)
+    return mine.keys() == other.keys() and all(
+        (witness is not None and witness.knows(mine[name], other[name])) or same_bits(mine[name], other[name])
+        for name in mine
+    )
 
 
 def _stored_alike(a: LoraModule, b: LoraModule) -> bool:

@@ -11,7 +11,7 @@ import math
 import os
 import struct
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -183,11 +183,8 @@ class _File:
         short, or a disk that fails, would then end the process with a signal."""
         done, view = 0, raw.reshape(-1).data
         try:
-            if self._descriptor is None:
-                self._open()
-            assert self._descriptor is not None
             while done < len(view):  # one system call gives 2 GiB at most
-                count = os.preadv(self._descriptor, [view[done:]], start + done)
+                count = os.preadv(self.descriptor, [view[done:]], start + done)
                 if not count:
                     raise DataError(
                         f"{self.path}: tensor {name} is cut short; the file changed while it was being read."
@@ -196,11 +193,15 @@ class _File:
         except OSError as error:
             raise DataError(f"{self.path}: tensor {name} cannot be read: {error.strerror or error}.") from error
 
-    def _open(self) -> None:
-        with self._lock:
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                weakref.finalize(self, os.close, self._descriptor)
+    @property
+    def descriptor(self) -> int:
+        """The open file. Raises OSError when it cannot be opened any more."""
+        if self._descriptor is None:
+            with self._lock:
+                if self._descriptor is None:
+                    self._descriptor = os.open(self.path, os.O_RDONLY)
+                    weakref.finalize(self, os.close, self._descriptor)
+        return self._descriptor
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +213,10 @@ class Stored(OnDisk):
     start: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+    @property
+    def place(self) -> Hashable:
+        return self.file, self.start, self.shape, self.dtype
 
     def rows(self, start: int, stop: int) -> Stored:
         return replace(self, start=self.start + start * self.row_bytes, shape=(stop - start, *self.shape[1:]))

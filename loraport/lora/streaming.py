@@ -8,6 +8,7 @@ every tensor starts at a multiple of its element size, as readers that map the f
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -16,10 +17,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from loraport.files import atomic_path
+from loraport.lora.bits import same_bits
 from loraport.lora.canonical import Array
-from loraport.lora.ondisk import OnDisk
+from loraport.lora.ondisk import BLOCK, OnDisk
 from loraport.lora.storage import entry_of, header_text, raw_bytes, read_tensors
+from loraport.lora.witness import witness_present
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -46,6 +51,8 @@ def stream_tensors(
     """
     with atomic_path(path) as draft, open(draft, "w+b", buffering=0) as file, _Writing(file.fileno()) as out:
         _stream(out, tensors, metadata, room)
+        if out.witness is not None:
+            out.witness.saw(out.descriptor, out.copied)
 
 
 def replace_metadata(path: Path, metadata: Mapping[str, str]) -> None:
@@ -71,6 +78,8 @@ class _Writing:
         from concurrent.futures import ThreadPoolExecutor  # slow to import, and reading needs none
 
         self.descriptor = descriptor
+        self.witness = witness_present()
+        self.copied: dict[int, OnDisk] = {}  # by the byte that it begins at
         self._writers = ThreadPoolExecutor(_WRITERS, "write")
         self._waiting: deque[tuple[Future[None], int]] = deque()
         self._bytes_waiting = 0
@@ -90,11 +99,12 @@ class _Writing:
     def put(self, array: Array, offset: int) -> None:
         """Write an array from a byte of the file on, now or soon. Raises what an earlier one has failed with."""
         if isinstance(array, OnDisk):
+            self.copied[offset] = array
             step = max(1, _PIECE // array.row_bytes)
             for first in range(0, len(array), step):
                 last = min(first + step, len(array))
                 start = offset + first * array.row_bytes
-                self._soon((last - first) * array.row_bytes, _copy, array, first, last, self.descriptor, start)
+                self._soon((last - first) * array.row_bytes, self._copy, array, first, last, start)
         elif array.nbytes < _SMALL:
             _write(self.descriptor, raw_bytes(array), offset)
             self._written(array.nbytes)
@@ -105,6 +115,18 @@ class _Writing:
         """Wait until all is written."""
         while self._waiting:
             self._first()
+
+    def _copy(self, array: OnDisk, first: int, last: int, offset: int) -> None:
+        """Copy some rows. For a witness, each block is read back while the processor still has it at hand."""
+        back = np.empty(BLOCK if self.witness else 0, np.uint8)
+        for block in array.blocks(True, first, last):
+            _write(self.descriptor, block.data, offset)
+            if self.witness:
+                back = back if back.size >= block.size else np.empty(block.size, np.uint8)
+                read = os.preadv(self.descriptor, [back[: block.size].data], offset)
+                if read != block.size or not same_bits(back[:read], block):
+                    raise OSError(errno.EIO, "what was read back is not what was written")
+            offset += block.size
 
     def _soon(self, size: int, work: Callable[..., None], *arguments: Any) -> None:
         self._waiting.append((self._writers.submit(work, *arguments), size))
@@ -127,12 +149,6 @@ class _Writing:
             self._syncing.result()
         self._unsynced = 0
         self._syncing = self._sync_thread.submit(os.fsync, self.descriptor)
-
-
-def _copy(array: OnDisk, first: int, last: int, descriptor: int, offset: int) -> None:
-    for block in array.blocks(True, first, last):
-        _write(descriptor, block.data, offset)
-        offset += block.nbytes
 
 
 def _write(descriptor: int, data: memoryview | bytes, offset: int) -> None:
@@ -179,6 +195,7 @@ def _stream(out: _Writing, tensors: Iterable[tuple[str, Array]], metadata: Mappi
     needed = 8 + len(text) + -len(text) % 8 + start
     if needed > body or (body - needed) * _MOST_SPACES > offset:
         _move(out.descriptor, body, offset, needed - body)
+        out.copied.clear()
         os.truncate(out.descriptor, needed + offset)
         body = needed
     _write_header(out.descriptor, text, body - start - 8)

@@ -9,17 +9,15 @@ import json
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from loraport.errors import DataError, RunFolderError
-from loraport.files import write_atomic
+from loraport.errors import DataError
+from loraport.files import synced_by_caller, write_atomic
 from loraport.lora.canonical import LoraFile, LoraModule
 from loraport.lora.dialect import WritableDialect
 from loraport.lora.lazy import LazyModules, ReadAhead
@@ -27,7 +25,9 @@ from loraport.lora.proof import ModuleProof, Proof, prove
 from loraport.lora.stacked import NotExact
 from loraport.lora.storage import read_tensors
 from loraport.lora.streaming import replace_metadata
+from loraport.lora.witness import witnessed
 from loraport_convert.approximation import Loss, truncated, whole
+from loraport_convert.drafts import draft_folder
 from loraport_convert.reading import read_back
 from loraport_convert.stopping import undivided
 
@@ -100,13 +100,15 @@ def publish(source: LoraFile, target: Target, inputs: Collection[Path]) -> Publi
     ignored = tuple(filter(target.ignore.fullmatch, source.unread)) if target.ignore is not None else ()
     left_out = set(ignored)
     source = replace(source, unread=tuple(key for key in source.unread if key not in left_out))
-    with _draft_folder(target.path) as folder:
+    with draft_folder(target.path) as folder, ThreadPoolExecutor(1, "sync") as thread:
         draft = folder / target.path.name
         # The proof comes when the data is written: this leaves room for it in the header.
         room = " " * (400 + sum(len(name) + 30 for name in (*source.modules, *ignored)))
-        lossy = _write(source, target, draft, carried(source.metadata) | {PROOF_KEY: room})
+        with synced_by_caller(), witnessed() as witness:
+            lossy = _write(source, target, draft, carried(source.metadata) | {PROOF_KEY: room})
+        on_the_disk = thread.submit(_synced, draft)  # which has nothing to do while the proof is computed
         kept = source.modules.keys() - lossy.keys() if target.dtype is None else set[str]()
-        proof = prove(source, read_back(target.writer, draft), kept=kept)
+        proof = prove(source, read_back(target.writer, draft), kept=kept, witness=witness)
         approximated = tuple(module.name for module in proof.modules if module.name in lossy and not module.ok)
         norms = {name: each.norm for name, each in lossy.items()}
         published = Published(target.path, proof, approximated, norms, ignored)
@@ -117,6 +119,7 @@ def publish(source: LoraFile, target: Target, inputs: Collection[Path]) -> Publi
                 if proof.worst and not proof.worst.ok
                 else "A key without a meaning would be lost without a word. To leave it out: --ignore 'PATTERN'.",
             )
+        on_the_disk.result()
         replace_metadata(draft, read_tensors(draft).metadata | {PROOF_KEY: _in_metadata(published)})
         text = json.dumps(published.to_json(), indent=2, allow_nan=False, ensure_ascii=False)
         write_atomic(draft.with_suffix(_PROOF_SUFFIX), text + "\n")
@@ -124,31 +127,9 @@ def publish(source: LoraFile, target: Target, inputs: Collection[Path]) -> Publi
     return published
 
 
-@contextmanager
-def _draft_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, which goes with all that is in it. The output's own folder is made for it.
-
-    Raises RunFolderError for whatever cannot be written until its end.
-    """
-    made, folder = False, None
-    try:
-        with undivided():
-            made = not path.parent.exists()
-            path.parent.mkdir(exist_ok=True)
-            folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"))
-        yield folder
-    except OSError as error:
-        raise RunFolderError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            hint="Free some space or choose another -o OUT; what was there before is unchanged.",
-        ) from error
-    finally:
-        with undivided():
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-            if made:
-                with suppress(OSError):  # it holds the output
-                    path.parent.rmdir()
+def _synced(path: Path) -> None:
+    with open(path, "rb") as written:
+        os.fsync(written.fileno())
 
 
 def _move(folder: Path, target: Target, inputs: Collection[Path]) -> None:
@@ -163,8 +144,8 @@ def _move(folder: Path, target: Target, inputs: Collection[Path]) -> None:
             raise DataError(
                 f"{place}, which comes with {target.path.name}, exists already.", hint="Choose another -o OUT."
             )
-    with open(folder / target.path.name, "rb") as written:
-        os.fsync(written.fileno())
+    for each in (*beside, folder / target.path.name):
+        _synced(each)
     with undivided():
         for each in beside:
             os.replace(each, places[each])

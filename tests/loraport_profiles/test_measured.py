@@ -123,8 +123,11 @@ def test_failed_small_foreign_and_special_rows_are_not_copied(tmp_path: Path) ->
     assert native_rows(file) == []
     file.write_text(
         "".join(
-            json.dumps({**BENCH_ROW, **more}) + "\n" for more in ({"seed": 1}, {"options": {"deterministic": True}})
+            json.dumps({**BENCH_ROW, "row": str(number), **more}) + "\n"
+            for number, more in enumerate(
+                [{"seed": 1}, {"options": {"deterministic": True}}, {"settings": {**told, "tune_kernels": True}}]
+            )
         )
     )
-    assert len(native_rows(file)) == 2
+    assert len(native_rows(file)) == 3
     assert copied(file, PROFILES) == []

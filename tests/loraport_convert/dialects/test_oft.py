@@ -1,6 +1,11 @@
 """OFT on attention that is split in one model and fused in the other, against LyCORIS' own forward pass and sd-scripts'
 rule."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from lora_reports import report
@@ -109,6 +114,21 @@ def test_sd_scripts_blocks_of_each_part_become_one_tensor_within_the_bound_they_
     np.testing.assert_allclose(
         turned(weight, found["diffusion_model.single_blocks.7.linear1.oft_blocks"]), np.concatenate(expected), atol=1e-4
     )
+
+
+@pytest.mark.skipif("SD_SCRIPTS_SRC" not in os.environ, reason="SD_SCRIPTS_SRC names no checkout of sd-scripts")
+@pytest.mark.parametrize("alpha", [0.02, 10.0])
+def test_sd_scripts_own_oft_computes_what_the_converted_one_does(converted, tmp_path, alpha):
+    pytest.importorskip("torch")
+    child = Path(__file__).parents[1] / "oft_child.py"
+    command = [sys.executable, str(child), os.environ["SD_SCRIPTS_SRC"], str(tmp_path), str(alpha)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = read_tensors(tmp_path / "seen.safetensors")
+    (blocks,) = converted(dict(read_tensors(tmp_path / "oft.safetensors"))).values()
+    found = seen["input"] @ turned(seen["weight"], blocks).T + seen["bias"]
+    np.testing.assert_allclose(found, seen["output"], atol=1e-5)
+    assert np.abs(seen["input"] @ seen["weight"].T + seen["bias"] - seen["output"]).max() > 0.1
 
 
 @pytest.mark.parametrize(

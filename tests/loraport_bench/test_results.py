@@ -175,7 +175,7 @@ def test_each_row_tells_the_held_out_loss_of_its_quantisation_once_some_were_mea
     assert table.step_head(file)[-1] == table.HELD_OUT
     lines = {line[0]: line for line in table.step_cells(file)}
     assert {name: line[-1] for name, line in lines.items()} == {
-        "bf16": "0.55000 ± 0.07071",
+        "bf16": "0, at 0.55000 ± 0.07071",
         "nf4-checkpointing": "+0.01500 ± 0.00707",
         "preset-6gb": "+0.01500 ± 0.00707",  # it stores nf4
         "int8-checkpointing": "–",

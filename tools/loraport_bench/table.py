@@ -16,7 +16,7 @@ _MARKED = re.compile(r"(<!-- bench: (\S+)( short)? -->\n).*?(<!-- /bench -->)", 
 
 STEP_HEAD = ("profile", "s/step", "bar", "× stock", "bar", "× floor", "peak GiB", "bar", "floor", "whole card GiB")
 _SHORT = (0, 1, 3, 6)  #: columns of STEP_HEAD that a short table has
-HELD_OUT = "held-out loss, − bf16's"  #: the column more where the file has held-out losses
+HELD_OUT = "held-out loss − bf16's (± over seeds)"  #: the column more where the file has held-out losses
 QUALITY_HEAD = ("profile", "held-out loss before", "after", "after − bf16's, by seed", "seeds")
 MET, MISSED = "✓", "✗"
 
@@ -78,7 +78,8 @@ def _held_out(row: Row, file: DataFile) -> str:
     reference, *others = QUALITY_ROWS
     quantize = _quantize(row)
     if quantize == reference.memory["quantize"]:
-        return _mean(_ends(file, reference.name).values()) if _ends(file, reference.name) else "–"
+        ends = _ends(file, reference.name)
+        return f"0, at {_mean(ends.values())}" if ends else "–"
     return next((_apart(other, file) for other in others if other.memory["quantize"] == quantize), "–")
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from loraport.errors import DataError
+from loraport.errors import DataError, SpecError
+from loraport.footprint import Footprint, Forecast, Phase
+from loraport.gpu import Card
 from loraport.run import events
 from loraport.run.api import plan
 from loraport.spec.load import build_spec
@@ -62,6 +64,24 @@ def test_a_step_lasts_from_the_end_of_the_one_before_so_that_nothing_between_is_
     assert numbers["cache_peak_allocated_gib"] == 2.5
     assert (numbers["peak_allocated_gib"], numbers["peak_reserved_gib"]) == (10.0, 11.0)
     assert numbers["held_out"] == {"start": 0.25, "end": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "status"),
+    [
+        (3, "error: This run does not fit the card: 44.0 GiB are predicted", "does not fit"),
+        (3, "error: memory.quantize: 'fp9' is not known.", "failed"),
+        (5, "error: Out of memory: CUDA", "out of memory"),
+    ],
+)
+def test_a_row_that_is_too_large_for_the_card_says_so(code: int, message: str, status: str) -> None:
+    assert measure._failure(code, message)["status"] == status
+
+
+def test_what_a_run_says_that_is_not_begun_is_what_the_bench_looks_for() -> None:
+    phase = Phase("training", {"weights": 44.0}, "")
+    with pytest.raises(SpecError, match=measure._TOO_LARGE):
+        Forecast(Footprint([phase], {}, room_gib=23.5), Card("A card", 24, (8, 9))).check()
 
 
 def test_a_run_without_a_step_has_no_step_time() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loraport.errors import BackendError, Interrupted, LoraPortError, OutOfMemoryError
+from loraport.errors import BackendError, Interrupted, LoraPortError, OutOfMemoryError, SpecError
 from loraport.files import write_atomic
 from loraport.run import events
 from loraport.run.events import Event
@@ -26,6 +26,7 @@ from loraport_bench.process import Running
 from loraport_bench.rows import Row, StockRow
 
 _MESSAGE = 400  # characters of a failure that are kept
+_TOO_LARGE = "does not fit the card"  # what a run says that is not begun because of its predicted memory
 #: What a run that may share its card and cores says nothing of.
 _OF_SPEED = ("step_s", "first_steps_extra_s", "card_peak_gib", "phases_s")
 
@@ -219,7 +220,8 @@ def _native(module: str, arguments: list[str], bench: Bench) -> dict[str, Any]:
 
 def _failure(code: int, message: str) -> dict[str, Any]:
     out_of_memory = code == OutOfMemoryError.exit_code or "out of memory" in message.lower()
-    status = "out of memory" if out_of_memory else "failed"
+    refused = code == SpecError.exit_code and _TOO_LARGE in message
+    status = "out of memory" if out_of_memory else "does not fit" if refused else "failed"
     return {"status": status, "exit_code": code or BackendError.exit_code, "message": message[:_MESSAGE]}
 
 

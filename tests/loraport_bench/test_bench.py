@@ -15,6 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from loraport.spec.yaml_text import dump_yaml, parse_yaml
 from loraport_bench.records import Results, Run
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
@@ -92,6 +93,66 @@ def test_all_trainers_read_the_same_images_at_their_final_size_with_the_same_cap
     spec = run.configuration.spec
     assert spec["dataset"]["path"] == "<bench>/data/images"
     assert spec["dataset"]["trigger_word"] is None
+
+
+def test_several_sets_are_staged_apart_with_what_each_says_of_itself(
+    bench: Any, spec_file: Path, tmp_path: Path
+) -> None:
+    content = parse_yaml(spec_file.read_text(), "spec")
+    folder = Path(content["dataset"].pop("path"))
+    rows = [{"file_name": f"{number}.png", "caption": f"a wall {number}"} for number in range(2)]
+    (tmp_path / "walls").mkdir()
+    for row in rows:
+        Image.new("RGB", (90, 90)).save(tmp_path / "walls" / row["file_name"])
+    (tmp_path / "walls" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    general = {"path": str(tmp_path / "walls"), "caption_field": "caption", "regularization": True}
+    sets = [
+        {"path": str(folder), "repeats": 2, "caption_dropout": 0.5},
+        {**general, "resolution": 80, "loss_weight": 0.5},
+    ]
+    spec_file.write_text(dump_yaml({**content, "dataset": {**content["dataset"], "sets": sets}}))
+    code, said = bench("--backends", "swift,setless", "--tiers", "matched", "--seeds", "0", "--held-out", "1")
+    assert code == 0, said
+    staged = tmp_path / "out" / "data"
+    assert len(list((staged / "images" / "set-0").glob("*.png"))) == 4
+    assert len(list((staged / "held-out").glob("*.png"))) == 1
+    with Image.open(staged / "images" / "set-1" / "00001.png") as image:
+        assert image.size == (80, 80)
+    assert (staged / "images" / "set-1" / "00002.txt").read_text() == "a wall 1"
+    assert "slp" in (staged / "images" / "set-0" / "00001.json").read_text()
+    told = results(tmp_path)
+    assert (told.protocol.images, told.protocol.held_out, told.protocol.sets, told.protocol.resolution) == (6, 1, 2, 80)
+    swift, setless = told.runs
+    assert swift.status == "ok"
+    assert swift.quality is not None
+    assert swift.configuration is not None
+    first, second = swift.configuration.spec["dataset"]["sets"]
+    # What was worked into the staged files is not done again; the rest is the trainer's.
+    assert (first["path"], first["repeats"], first["caption_dropout"]) == ("<bench>/data/images/set-0", 2, 0.5)
+    assert (first["caption_ext"], first["trigger_word"]) == ("json", None)
+    assert (second["caption_ext"], second["caption_field"], second["loss_weight"]) == ("txt", None, 0.5)
+    assert second["regularization"] is True
+    assert setless.failure is not None
+    assert setless.failure.message.startswith("dataset.sets = ")
+    assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+
+
+def test_images_of_the_general_class_are_staged_beside_the_subject(bench: Any, spec_file: Path, tmp_path: Path) -> None:
+    general = {"path": str(tmp_path / "general"), "caption_ext": "txt", "repeats": 3, "weight": 0.0}
+    (tmp_path / "general").mkdir()
+    Image.new("RGB", (90, 90)).save(tmp_path / "general" / "a.png")
+    (tmp_path / "general" / "a.txt").write_text("anything")
+    content = parse_yaml(spec_file.read_text(), "spec")
+    content["dataset"]["regularization"] = general
+    spec_file.write_text(dump_yaml(content))
+    code, said = bench("--backends", "swift", "--tiers", "matched", "--seeds", "0", "--held-out", "2")
+    assert code == 0, said
+    assert (tmp_path / "out" / "data" / "images" / "regularization" / "00001.txt").read_text() == "anything"
+    (run,) = results(tmp_path).runs
+    assert run.configuration is not None
+    dataset = run.configuration.spec["dataset"]
+    assert dataset["path"] == "<bench>/data/images/images"
+    assert dataset["regularization"] == {**general, "path": "<bench>/data/images/regularization"}
 
 
 def test_what_one_trainer_does_not_do_takes_its_common_value_and_what_stays_different_is_listed(

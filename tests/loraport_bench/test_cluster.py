@@ -123,6 +123,21 @@ def test_a_sky_task_gives_every_node_its_share_and_takes_the_rows_to_a_bucket(be
     assert "loraport backends install steady" in task["setup"]
 
 
+def test_a_sky_task_takes_every_set_of_images_along(bench: Any, spec_file: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(spec_file.read_text())
+    folder = content["dataset"].pop("path")
+    content["dataset"]["sets"] = [{"path": folder}, {"path": "hub:somebody/pictures"}]
+    spec_file.write_text(yaml.safe_dump(content))
+    code, said = bench("--backends", "swift", "--tiers", "matched", "--write-sky", str(tmp_path / "task.yaml"))
+    assert code == 0, said
+    task = yaml.safe_load((tmp_path / "task.yaml").read_text())
+    assert task["file_mounts"]["~/bench-input/set-0"] == folder
+    assert not {"~/bench-input/set-1", "~/bench-input/images"} & task["file_mounts"].keys()
+    given = " ".join(shlex.split(task["run"].splitlines()[0]))
+    assert "--set dataset.sets[0].path=~/bench-input/set-0" in given
+    assert "dataset.sets[1]" not in given
+
+
 def test_the_shares_of_any_number_of_machines_make_the_whole_schedule() -> None:
     settings = Settings(
         given={}, backends=["a", "b", "c"], profiles=["fp8", "nf4"], batches=[1], card=None,

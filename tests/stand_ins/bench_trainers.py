@@ -1,7 +1,8 @@
 """Backends for the tests of `loraport bench`, each with its own way to behave. They train nothing, and need no torch.
 
 swift, steady: as they should be. greedy: runs out of memory. broken: crashes. endless: never ends, and leaves a child.
-lazy: tells one step too few. wide: trains another module too. inexact: approximates the batch size. absent: not ready.
+lazy: tells one step too few. wide: trains another module too. inexact: approximates the batch size. setless: takes no
+sets of images. absent: not ready.
 """
 
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from loraport.hookspecs import hookimpl
 
-NAMES = ("swift", "steady", "greedy", "broken", "endless", "lazy", "wide", "inexact", "absent")
+NAMES = ("swift", "steady", "greedy", "broken", "endless", "lazy", "wide", "inexact", "setless", "absent")
 
 
 class StandIn:
@@ -27,10 +28,15 @@ class StandIn:
 
     def translate(self, spec, context):
         from loraport.planning import Translation, VerdictTable
-        from loraport.spec.models import leaf_fields
+        from loraport.spec.models import leaf_fields, set_fields
 
         table = VerdictTable(spec)
         paths = set(leaf_fields()) - {"train.batch_size", "train.max_grad_norm", "train.warmup_steps", "memory.compute"}
+        if self.name == "setless" and spec.dataset.sets:
+            paths.remove("dataset.sets")
+            table.refused("dataset.sets", reason="one folder only")
+        else:
+            paths.update(set_fields(spec))
         table.exact(*paths, reason="as written")
         exact = self.name != "inexact"
         (table.exact if exact else table.approximated)("train.batch_size", reason="in parts")

@@ -18,6 +18,7 @@ from loraport.families import check_family
 from loraport.files import write_atomic
 from loraport.planning import Plan
 from loraport.plugins import plugins
+from loraport.sets import image_sets, largest_resolution
 from loraport.spec.load import build_spec
 from loraport.spec.models import TrainSpec
 from loraport_bench import RESULTS
@@ -27,7 +28,7 @@ from loraport_bench.idle import alone_on_machine
 from loraport_bench.images import Staged, planned, stage_images
 from loraport_bench.overhead import measure_overhead
 from loraport_bench.quality import score_rows
-from loraport_bench.row import RECORD, Machinery, read_row, run_row
+from loraport_bench.row import RECORD, Machinery, read_row, run_row, shortened
 from loraport_bench.schedule import Job, expected_seconds, group_name, schedule
 from loraport_bench.settings import Settings
 from loraport_bench.tiers import MATCHED, MEASURED, best_effort, inequalities, make, matched
@@ -188,7 +189,8 @@ class Bench:
         for group in dict.fromkeys(job.group for job in self.jobs):
             of_group = [job for job in self.jobs if (job.group, job.repeat) == (group, 0)]
             plans = {job.backend: made for job in of_group if isinstance(made := self.plan(job, staged), Plan)}
-            found[group_name(*group)] = inequalities(plans)
+            told = [shortened(each.model_dump(), self.folder) for each in inequalities(plans)]
+            found[group_name(*group)] = [r.Inequality(**each) for each in told]
         return found
 
     def _protocol(self, staged: Staged) -> r.Protocol:
@@ -207,7 +209,8 @@ class Bench:
             images=staged.images,
             held_out=staged.held_out_images,
             images_sha256=staged.sha256,
-            resolution=content.dataset.resolution,
+            sets=len(image_sets(content.dataset)),
+            resolution=largest_resolution(content.dataset),
             images_a_step=[batch * train.gradient_accumulation * train.gpus for batch in settings.batches],
             text_tokens=f"the captions as they are, at most {content.dataset.max_text_tokens}",
             sampling_s=settings.sampling_s,
@@ -261,6 +264,8 @@ def _without_paths(given: dict[str, Any]) -> dict[str, Any]:
     def short(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: short(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [short(each) for each in value]
         if isinstance(value, str) and value.startswith("/"):
             return f"…/{Path(value).name}"
         return value

@@ -125,6 +125,16 @@ def _told_by(error: BaseException) -> str:
     return told[-1] if told else lines[0]
 
 
+def _places(given: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What a spec reads: (path of its field, folder or hub id, a name for it)."""
+    dataset, model = given["dataset"], given["model"]
+    found = [("dataset.path", dataset["path"], "images"), ("model.checkpoint", model["checkpoint"], "checkpoint")]
+    found += [(f"dataset.sets[{at}].path", one["path"], f"set-{at}") for at, one in enumerate(dataset["sets"])]
+    found.append(("dataset.regularization.path", dataset["regularization"]["path"], "regularization"))
+    found.append(("validation.path", given["validation"]["path"], "held-out"))
+    return [(path, str(place), name) for path, place, name in found if place]
+
+
 def write_sky(file: Path, spec_file: Path, bench: Bench, options: list[str]) -> None:
     """Write a SkyPilot task in which every node runs its share of the bench and copies its rows into a bucket.
 
@@ -133,17 +143,13 @@ def write_sky(file: Path, spec_file: Path, bench: Bench, options: list[str]) -> 
     given = bench.settings.given
     mounts: dict[str, Any] = {
         "~/bench-input/spec.yaml": str(spec_file.absolute()),
-        "~/bench-input/images": given["dataset"]["path"],
         "~/bench-output": {"name": "${RESULTS_BUCKET}", "mode": "MOUNT"},
     }
-    changes = ["--set", "dataset.path=~/bench-input/images"]
-    checkpoint = str(given["model"]["checkpoint"])
-    if checkpoint.startswith("/"):
-        mounts["~/bench-input/checkpoint"] = checkpoint
-        changes += ["--set", "model.checkpoint=~/bench-input/checkpoint"]
-    if given["validation"]["path"]:
-        mounts["~/bench-input/held-out"] = given["validation"]["path"]
-        changes += ["--set", "validation.path=~/bench-input/held-out"]
+    changes = []
+    for path, place, name in _places(given):
+        if place.startswith("/"):  # else an id in the hub
+            mounts[f"~/bench-input/{name}"] = place
+            changes += ["--set", f"{path}=~/bench-input/{name}"]
     parts = {(job.backend, job.profile, job.seed) for job in bench.jobs}
     others = [name for name in bench.settings.backends if name != "native"]
     command = shlex.join(["loraport", "bench", "SPEC", *options, *changes])

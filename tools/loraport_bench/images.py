@@ -8,14 +8,15 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loraport.buckets import bucket_for, fit
 from loraport.dataset import Item, load_image
-from loraport.errors import SpecError
 from loraport.families import Family
+from loraport.hub_datasets import PREFIX as HUB
 from loraport.hub_datasets import on_disk
-from loraport.sets import held_out_items, trained_sets
-from loraport.spec.models import TrainSpec
+from loraport.sets import ImageSet, held_out_items, image_sets, subject, trained_sets
+from loraport.spec.models import DatasetSection, TrainSpec
 from loraport.staging import write_tiny_checkpoint
 
 TRAINED, HELD_OUT = "images", "held-out"
@@ -23,7 +24,8 @@ TRAINED, HELD_OUT = "images", "held-out"
 
 @dataclass(frozen=True)
 class Staged:
-    """Folders of PNG files `00001.png`, … with captions beside them, and what is in them."""
+    """Folders of PNG files `00001.png`, … with captions beside them, and what is in them. Of several sets, `trained`
+    holds a folder for each."""
 
     trained: Path
     held_out: Path
@@ -38,17 +40,49 @@ def planned(spec: TrainSpec, folder: Path) -> Staged:
     return Staged(folder / TRAINED, folder / HELD_OUT, _checkpoint(spec, folder), 0, 0, "")
 
 
-def caption_ext(spec: TrainSpec) -> str:
-    """The extension of staged captions: the spec's, or txt where it has them in a column of metadata."""
-    return "txt" if spec.dataset.caption_field else spec.dataset.caption_ext
+def caption_ext(one: ImageSet) -> str:
+    """The extension of a set's staged captions: its own, or txt where they came from a column, as the hub's may."""
+    return "txt" if one.caption_field or str(one.path).startswith(HUB) else one.caption_ext
+
+
+def place_of(one: ImageSet, spec: TrainSpec, folder: Path) -> Path:
+    """Where a set of the spec is staged, under the folder of all that is trained."""
+    return folder / one.label if len(image_sets(spec.dataset)) > 1 else folder
+
+
+def staged_dataset(spec: TrainSpec, folder: Path) -> dict[str, Any]:
+    """The fields of `dataset` by which what is staged in `folder` is read, as often and as large as the spec says."""
+    gone: dict[str, Any] = {"trigger_word": None, "default_caption": None, "caption_field": None}
+    sets = image_sets(spec.dataset)
+    places = [{"path": str(place_of(one, spec, folder)), "caption_ext": caption_ext(one)} for one in sets]
+    if spec.dataset.sets:
+        said = [one.model_dump(mode="json", exclude=set(gone)) for one in spec.dataset.sets]
+        return {**gone, "sets": [{**one, **place} for one, place in zip(said, places, strict=True)]}
+    first, *others = places
+    general = [{"regularization": {**spec.dataset.regularization.model_dump(mode="json"), **one}} for one in others]
+    return {**gone, **first, **(general[0] if general else {})}
+
+
+def held_out_dataset(spec: TrainSpec, folder: Path) -> dict[str, Any]:
+    """The fields of `dataset` by which the held-out images are read: one set, of the subject's size."""
+    one = subject(spec.dataset)
+    gone: dict[str, Any] = {"trigger_word": None, "default_caption": None, "caption_field": None}
+    return {
+        **gone,
+        "sets": [],
+        "regularization": {},
+        "path": str(folder),
+        "caption_ext": caption_ext(one),
+        "resolution": one.resolution,
+    }
 
 
 def stage_images(spec: TrainSpec, held_out: int, family: Family, folder: Path) -> Staged:
-    """Write the spec's images under `folder`, once. The last `held_out` by name are kept from training, unless the spec
-    names a folder of its own for validation.
+    """Write the spec's images under `folder`, once. The last `held_out` by name of its first set are kept from
+    training, unless the spec names a folder of its own for validation.
 
-    Captions get the spec's trigger word. Raises DataError for what is wrong with images or captions, or when none is
-    left to train, and SpecError for a spec of several sets.
+    Captions get the trigger word of their set. Raises DataError for what is wrong with images or captions, or when
+    none is left to train.
     """
     if not folder.exists():
         draft = folder.with_name(f".{folder.name}")
@@ -56,19 +90,13 @@ def stage_images(spec: TrainSpec, held_out: int, family: Family, folder: Path) -
         kept = {"images": max(1, held_out), "every": int(bool(held_out or spec.validation.path))}
         split = spec.model_copy(update={"validation": spec.validation.model_copy(update=kept)})
         split = on_disk(split, None, lambda text: None)
-        trained = trained_sets(split, family)
-        if len(trained) > 1:
-            raise SpecError(
-                f"A bench trains one set of images; this spec has {len(trained)}.",
-                hint="Give one folder with dataset.path, and no regularisation.",
-            )
-        items, others = trained[0].items, held_out_items(split, family)
-        _write(items, spec, family, draft / TRAINED)
-        _write(others, spec, family, draft / HELD_OUT)
+        for one, each in zip(image_sets(spec.dataset), trained_sets(split, family), strict=True):
+            _write(each.items, one, spec.dataset, family, place_of(one, spec, draft / TRAINED))
+        _write(held_out_items(split, family), subject(spec.dataset), spec.dataset, family, draft / HELD_OUT)
         os.replace(draft, folder)
     if spec.model.checkpoint == "tiny":
         write_tiny_checkpoint(Path(_checkpoint(spec, folder)))
-    files = {name: sorted((folder / name).glob("*.png")) for name in (TRAINED, HELD_OUT)}
+    files = {name: sorted((folder / name).rglob("*.png")) for name in (TRAINED, HELD_OUT)}
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -88,11 +116,10 @@ def _checkpoint(spec: TrainSpec, folder: Path) -> str:
     return str(folder.with_name("tiny-checkpoint")) if given == "tiny" else given
 
 
-def _write(items: Iterable[Item], spec: TrainSpec, family: Family, folder: Path) -> None:
-    dataset = spec.dataset
+def _write(items: Iterable[Item], one: ImageSet, dataset: DatasetSection, family: Family, folder: Path) -> None:
     folder.mkdir(parents=True)
     for number, item in enumerate(items, start=1):
-        size = bucket_for(item.size, dataset.resolution, family.side_multiple, dataset.upscale, dataset.aspect_buckets)
+        size = bucket_for(item.size, one.resolution, family.side_multiple, dataset.upscale, dataset.aspect_buckets)
         target = folder / f"{number:05d}.png"
         fit(load_image(item), size).save(target, compress_level=1)
-        target.with_suffix(f".{caption_ext(spec)}").write_text(item.caption, encoding="utf-8")
+        target.with_suffix(f".{caption_ext(one)}").write_text(item.caption, encoding="utf-8")

@@ -24,10 +24,9 @@ from loraport.scoring import Score, Scorer
 from loraport.spec.load import build_spec
 from loraport.spec.models import TrainSpec
 from loraport_bench import records as r
-from loraport_bench.images import Staged
+from loraport_bench.images import Staged, held_out_dataset
 from loraport_bench.row import LORA, RECORD, TO_SCORE, read_row
 from loraport_bench.settings import Settings
-from loraport_bench.tiers import staged_dataset
 
 
 def score_rows(folders: list[Path], settings: Settings, staged: Staged) -> list[str]:
@@ -87,7 +86,7 @@ def _spec(settings: Settings, staged: Staged, scorer: Scorer) -> TrainSpec:
         "validation": {"every": 1, "path": str(staged.held_out)},
     }
     given = TrainSpec.model_validate(settings.given)
-    content["dataset"] = {**settings.given["dataset"], **staged_dataset(given, staged.held_out), "regularization": {}}
+    content["dataset"] = {**settings.given["dataset"], **held_out_dataset(given, staged.held_out)}
     spec = build_spec(content, base=Path.cwd(), origin="the evaluator's spec").spec
     return resolve_memory(spec, plugins().profiles())
 

@@ -37,7 +37,7 @@ from loraport_bench.sampling import (
 )
 from loraport_bench.schedule import Job
 from loraport_bench.settings import Settings
-from loraport_bench.tiers import why_not_matched
+from loraport_bench.tiers import shown, why_not_matched
 from loraport_bench.told import Span, Told, sort_out
 
 RECORD, LORA, TO_SCORE = "run.json", "lora.safetensors", "to-score.json"
@@ -103,7 +103,7 @@ def _refusal(job: Job, made: Plan | LoraPortError, bench: Path) -> r.Run | None:
 def refusal_of(job: Job, made: Plan) -> str | None:
     """Why a row is not begun, by its plan alone; None when it is."""
     if made.refused():
-        return "; ".join(f"{v.path} = {v.value!r}: {v.reason}" for v in made.refused())
+        return "; ".join(f"{v.path} = {shown(v.value)}: {v.reason}" for v in made.refused())
     return why_not_matched(made) if job.tier == "matched" else None
 
 
@@ -118,7 +118,7 @@ def _row(job: Job, made: Plan | None, bench: Path, status: r.Status, failure: r.
         "repeat": job.repeat,
         "seed": job.seed,
         "status": status,
-        "failure": failure,
+        "failure": failure and r.Failure(**shortened(failure.model_dump(), bench)),
         "started": datetime.datetime.now(datetime.UTC),
         "total_s": 0.0,
         "versions": {},
@@ -166,7 +166,7 @@ def _trained(job: Job, made: Plan, machinery: Machinery, folder: Path) -> r.Run:
             machine=machine(idle),
             versions=_versions(job.backend, made),
             configuration=configuration(made, machinery.folder),
-            notes=_shortened(notes, _places(machinery.folder)),
+            notes=shortened(notes, machinery.folder),
             **numbers,
         )
     finally:
@@ -339,18 +339,18 @@ def images_a_step(made: Plan) -> int:
 
 def judgements(made: Plan, folder: Path) -> list[r.Judgement]:
     """A plan's verdicts as they are recorded."""
-    return [r.Judgement(**_shortened(verdict, _places(folder))) for verdict in made.to_dict()["verdicts"]]
+    return [r.Judgement(**shortened(verdict, folder)) for verdict in made.to_dict()["verdicts"]]
 
 
 def configuration(made: Plan, folder: Path) -> r.Configuration:
     """What exactly is run."""
     content = {"spec": made.spec.model_dump(mode="json"), "files": made.files, "command": made.command, "env": made.env}
-    return r.Configuration(**_shortened(content, _places(folder)))
+    return r.Configuration(**shortened(content, folder))
 
 
-def _places(folder: Path) -> dict[str, str]:
-    """What the places of this machine are called in a record."""
-    return {str(folder): "<bench>", sys.executable: "python", str(Path.home()): "<home>"}
+def shortened(value: Any, folder: Path) -> Any:
+    """What is recorded, with the places of this machine in it called by names; `folder` is the bench's."""
+    return _shortened(value, {str(folder): "<bench>", sys.executable: "python", str(Path.home()): "<home>"})
 
 
 def _shortened(value: Any, places: Mapping[str, str]) -> Any:

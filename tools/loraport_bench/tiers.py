@@ -13,16 +13,16 @@ from loraport.plugins import plugins
 from loraport.profiles import DEFAULTS, QUANTIZED, resolve_memory
 from loraport.run.api import DEFAULT_BACKEND, plan
 from loraport.spec.load import build_spec
-from loraport.spec.models import TrainSpec, leaf_fields
-from loraport_bench.images import Staged, caption_ext
+from loraport.spec.models import TrainSpec, set_fields
+from loraport_bench.images import Staged, staged_dataset
 from loraport_bench.records import Inequality
 from loraport_bench.settings import OF_SPEC, Settings
 
 #: What a backend has to do exactly to be compared in the matched tier: the work, and what it costs.
 MATCHED = (
     *("model.family", "model.checkpoint", "model.dtype"),
-    *("dataset.path", "dataset.repeats", "dataset.resolution", "dataset.flip", "dataset.caption_dropout"),
-    "dataset.max_text_tokens",
+    *("dataset.path", "dataset.sets", "dataset.repeats", "dataset.resolution", "dataset.flip"),
+    *("dataset.caption_dropout", "dataset.max_text_tokens"),
     *("dataset.regularization.path", "dataset.regularization.repeats", "dataset.regularization.weight"),
     *("lora.type", "lora.rank", "lora.alpha", "lora.rslora", "lora.dora", "lora.dropout", "lora.targets"),
     *("train.steps", "train.gpus", "train.batch_size", "train.gradient_accumulation", "train.learning_rate"),
@@ -75,12 +75,6 @@ def content_of(settings: Settings, staged: Staged, backend: str, seed: int, batc
     content["sample"] |= {"every": 0, "prompts": []}
     content["validation"] |= {"every": 0, "path": None}
     return content
-
-
-def staged_dataset(spec: TrainSpec, folder: Path) -> dict[str, Any]:
-    """The fields of `dataset` by which a staged folder is read."""
-    gone: dict[str, Any] = {"trigger_word": None, "default_caption": None, "caption_field": None, "sets": []}
-    return {"path": str(folder), "caption_ext": caption_ext(spec), **gone}
 
 
 def memory_of(settings: Settings, profile: str) -> dict[str, Any]:
@@ -149,17 +143,22 @@ def make(content: Mapping[str, Any], backend: str, out: Path) -> Plan:
 
 def why_not_matched(made: Plan) -> str | None:
     """Why this plan has no place in the matched tier; None when it does all of MATCHED exactly."""
-    needed = {*MATCHED, *(["lora.factor"] if made.spec.lora.type == "lokr" else [])}
+    needed = {*MATCHED, *set_fields(made.spec), *(["lora.factor"] if made.spec.lora.type == "lokr" else [])}
     bad = [verdict for verdict in made.not_exact() if verdict.path in needed]
     if not bad:
         return None
-    return "; ".join(f"{verdict.path} = {verdict.value!r}: {verdict.kind}: {verdict.reason}" for verdict in bad)
+    return "; ".join(f"{verdict.path} = {shown(verdict.value)}: {verdict.kind}: {verdict.reason}" for verdict in bad)
+
+
+def shown(value: Any) -> str:
+    """A field's value as a refusal tells it."""
+    return repr(str(value) if isinstance(value, Path) else value)
 
 
 def inequalities(plans: Mapping[str, Plan]) -> list[Inequality]:
     """The fields that some of these plans do not do exactly, or that have other values."""
     found = []
-    for path in leaf_fields():
+    for path in dict.fromkeys(verdict.path for made in plans.values() for verdict in made.verdicts):
         verdicts = {name: verdict for name, made in plans.items() for verdict in made.verdicts if verdict.path == path}
         values = {repr(verdict.value) for verdict in verdicts.values()}
         if path.startswith("backend.") or not verdicts:

@@ -238,6 +238,7 @@ def protocol(results: Results) -> list[tuple[str, str]]:
 def _protocol(told: Protocol, spec_sha256: str, command: str) -> list[tuple[str, str]]:
     seeds = ", ".join(map(str, told.seeds))
     sizes = " or ".join(map(str, told.images_a_step))
+    sets, most = (f" in {told.sets} sets", "most ") if told.sets > 1 else ("", "")
     batch = "1 image" if told.images_a_step == [1] else f"{sizes} images"
     return [
         ("Order", f"{told.repeats} repeats, forwards and backwards in turn: {', '.join(told.backends)}; seeds {seeds}"),
@@ -247,7 +248,8 @@ def _protocol(told: Protocol, spec_sha256: str, command: str) -> list[tuple[str,
         ),
         (
             "Images",
-            f"{told.images:,} trained on, {told.held_out:,} held out, at {told.resolution} px, sized beforehand",
+            f"{told.images:,} trained on{sets}, {told.held_out:,} held out, at {most}{told.resolution} px, "
+            "sized beforehand",
         ),
         ("Of images and captions", f"SHA-256 {told.images_sha256}"),
         ("Text", told.text_tokens),

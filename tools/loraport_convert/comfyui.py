@@ -26,14 +26,14 @@ from typing import Self
 import numpy as np
 
 from loraport.errors import DataError
-from loraport.lora.canonical import Array, ColumnScale, LoKr, LoraFile, LoraModule, RowScale
+from loraport.lora.canonical import Array, ColumnScale, LoKr, LoraFile, LoraModule, LowRank, RowScale
 from loraport.lora.lazy import LazyModules
 from loraport.lora.storage import Tensors, read_tensors
 from loraport.lora.streaming import stream_tensors
 from loraport_convert.codec import keys
 from loraport_convert.codec.decode import FAMILY_KEY
 from loraport_convert.codec.encode import dora_shaped, low_rank_tensors, lycoris_tensors, of_one_module, spelled
-from loraport_convert.codec.header import dora_of, factors_of, fields_of, measure
+from loraport_convert.codec.header import check_growth, dora_of, factors_of, fields_of, measure
 from loraport_convert.codec.keys import split
 from loraport_convert.dialects.base import known
 from loraport_convert.dtypes import cast
@@ -43,7 +43,7 @@ from loraport_convert.families.rules import ModuleMap, Shape, Span
 
 PREFIX = "diffusion_model."
 _LEAVES_OUT = 0.85  #: below what other readers of its prefix are sure of
-_UNREAD = (*keys.MAGNITUDES, keys.PEFT_BIAS, keys.DIFF_MODULATION)
+_UNREAD = (*keys.MAGNITUDES, keys.PEFT_BIAS, keys.DIFF_MODULATION, keys.SCALE)
 
 
 class ComfyUI:
@@ -96,6 +96,9 @@ class ComfyUI:
         for name in [each for each in builders if _lost(family, each)]:
             del builders[name]
             unread.extend(grouped[PREFIX + name].values())
+        for name in builders:
+            if reshape := grouped[name if name.startswith(keys.TEXT_ENCODERS) else PREFIX + name].get(keys.RESHAPE):
+                check_growth(FAMILIES.get(family or ""), name, sizes[name], tensors[reshape], reshape)
         return LoraFile(family, LazyModules(builders), tensors.metadata, tuple(unread))
 
     def write(self, lora: LoraFile, path: Path, dtype: str | None, metadata: Mapping[str, str]) -> None:
@@ -181,12 +184,16 @@ def _module(name: str, fields: Mapping[str, str], tensors: Tensors) -> LoraModul
 
 
 def _tensors(lora: LoraFile, dtype: str | None) -> Iterator[tuple[str, Array]]:
+    grows = FAMILIES[lora.family].grows if lora.family in FAMILIES else {}
     for name, module in lora.modules.items():
         prefixed = name if name.startswith(keys.TEXT_ENCODERS) else PREFIX + name
         module = _without_core(module)
         tensors = low_rank_tensors(module, dtype, ".lora_up.weight", ".lora_down.weight")
         for ending, array in (tensors or lycoris_tensors(module, dtype, "ComfyUI")).items():
             yield spelled(prefixed, ending), array
+        rows, columns = module.factors.shape
+        if isinstance(module.factors, LowRank) and columns > grows.get(name, columns):
+            yield prefixed + keys.RESHAPE, np.array([rows, columns])
         if module.dora is not None:
             yield prefixed + keys.DORA_SCALE, _dora_scale(module.dora, name)
 

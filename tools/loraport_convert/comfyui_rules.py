@@ -29,6 +29,8 @@ _DIFFUSERS_NAMES = {
 #: Of FLUX.2 it has no such names for what the blocks share.
 _SHARED_OF_FLUX2 = ("double_stream_modulation", "single_stream_modulation", "time_guidance_embed")
 #: Of Stable Diffusion it takes dotted names of attention as diffusers had them when they were processors.
+#: Keys by which it recognises the control LoRAs of FLUX.1's makers.
+_CONTROL = {"img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale"}
 #: Parameters that are the weight of no module, which it takes under their own full names alone.
 _PARAMETERS = (".scale", ".modulation")
 _ATTENTION = re.compile(r"\.(processor\.)?to_(?:[qkv]|out(\.0)?)$")
@@ -63,6 +65,8 @@ def judge(
     tensors: Tensors, modules: Mapping[str, Mapping[str, str]], family: str | None, scales: Mapping[str, float | None]
 ) -> Verdict:
     """What happens to the modules, grouped as prefixed name → ending → key; `scales` are what the file really means."""
+    if tensors.keys() >= _CONTROL:
+        return Verdict(len(modules), (), (), False)  # it knows these files, and puts their keys right by itself
     skips = tuple(
         prefixed
         for prefixed, endings in modules.items()
@@ -75,6 +79,8 @@ def judge(
         problems = _problems(prefixed, endings, tensors, scales)
         if prefixed.endswith(keys.BIAS) and (problem := _bias_problem(prefixed.removesuffix(keys.BIAS), family)):
             problems.append((problem, False))
+        if _grows(prefixed, endings, tensors, family):
+            problems.append(("a weight gets more inputs, at which ComfyUI fails and leaves the module out", False))
         for problem, fatal in problems:
             found.setdefault(problem, []).append(prefixed)
             aborts |= fatal
@@ -88,7 +94,7 @@ def _looked_for(prefixed: str, endings: Mapping[str, str], modules: Mapping[str,
         return False  # PEFT's keys with the name of an adapter
     if keys.NORM_BIAS in endings:
         return keys.WHOLE[1] in modules.get(prefixed.removesuffix(keys.BIAS), {})
-    return not endings.keys() <= {keys.PEFT_BIAS, keys.DIFF_MODULATION}
+    return not endings.keys() <= {keys.PEFT_BIAS, keys.DIFF_MODULATION, keys.SCALE}
 
 
 def _bias_problem(prefixed: str, family: str | None) -> str | None:
@@ -131,6 +137,17 @@ def _known(prefixed: str, family: str | None) -> bool:
         return native is not None
     lacks = family == "flux2" and module.name.startswith(_SHARED_OF_FLUX2)
     return prefix in _DIFFUSERS_NAMES.get(family or "", ()) and native is not None and not lacks
+
+
+def _grows(prefixed: str, endings: Mapping[str, str], tensors: Tensors, family: str | None) -> bool:
+    """Whether a LoRA makes a weight larger without telling ComfyUI."""
+    down = next((endings[down] for _, down in keys.LOW_RANK if down in endings), None)
+    if down is None or family not in FAMILIES or keys.RESHAPE in endings:
+        return False
+    module = keys.parse(prefixed)
+    spans = FAMILIES[family].native(module.name, None, module.flat) if module.part == keys.MODEL else None
+    most = FAMILIES[family].grows.get(spans[0].module) if spans else None
+    return most is not None and tensors.shapes[down][1:] > (most,)
 
 
 def _same(spans: tuple[Span, ...], module: keys.Module) -> bool:

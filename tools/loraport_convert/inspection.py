@@ -18,6 +18,7 @@ from loraport_convert.codec.header import fields_of, measure
 from loraport_convert.codec.keys import MODEL, Module
 from loraport_convert.codec.scale import Told, first_told, from_adapter_metadata, from_kohya, from_peft
 from loraport_convert.comfyui_rules import Verdict, judge
+from loraport_convert.families import FAMILIES
 from loraport_convert.families.detect import detect_family
 from loraport_convert.reading import lora_file
 
@@ -178,6 +179,8 @@ def _number(value: object) -> float | None:
 
 
 def _family(modules: Iterable[ModuleFacts], metadata: Mapping[str, str]) -> str | None:
+    if metadata.get(_FAMILY) in FAMILIES:
+        return metadata[_FAMILY]
     shapes: dict[tuple[str, bool], tuple[int, int]] = {}
     for module in modules:
         parsed: Module = keys.parse(module.name)

@@ -326,6 +326,49 @@ def test_a_dora_by_row_needs_the_base_and_one_by_column_does_not(file, converted
 
 
 @report(
+    "Comfy-Org/ComfyUI#5868",
+    wrong="FLUX.1's control LoRAs widen `img_in`: `shape '[3072, 64]' is invalid`, and it is left out.",
+    now="`reshape_weight` tells ComfyUI the new shape; biases and replaced norms of such files go along.",
+)
+@pytest.mark.parametrize("written_by", ["diffusers", "the makers of FLUX.1"])
+def test_a_control_lora_tells_that_img_in_gets_wider(file, converted, written_by):
+    own = written_by != "diffusers"
+    tensors = pair("img_in" if own else "transformer.x_embedder", B_A, columns=128, alpha=2)
+    tensors[f"{'img_in' if own else 'transformer.x_embedder'}.lora_B.bias"] = random(H)
+    if own:
+        tensors["single_blocks.0.norm.key_norm.scale"] = random(H)
+    verdict = inspect(file(tensors, "flux1"), plugins().dialects()).comfyui
+    assert verdict.fine == own
+    assert own or any("more inputs" in problem for problem in verdict.problems)
+    found, _ = converted(tensors, "flux1")
+    key = "diffusion_model.img_in"
+    assert found[f"{key}.reshape_weight"].tolist() == [H, 128]
+    assert found[f"{key}.diff_b"].shape == (H,)
+    assert f"{key}.lora_down.weight" in found
+    assert ("diffusion_model.single_blocks.0.norm.key_norm.set_weight" in found) == own
+    again, _ = converted(found, "flux1")
+    assert {name: array.tobytes() for name, array in again.items()} == {
+        name: array.tobytes() for name, array in found.items()
+    }
+    usual, _ = converted(pair("transformer.x_embedder", B_A, columns=64, alpha=2), "flux1")
+    assert f"{key}.reshape_weight" not in usual
+
+
+def test_a_weight_that_grows_elsewhere_is_refused(converted):
+    key = "diffusion_model.layers.0.attention.o"
+    for wrong in ([H, H], [H, 2 * H]):
+        with pytest.raises(DataError, match="makes a weight larger"):
+            converted({**pair(key, alpha=1), f"{key}.reshape_weight": np.array(wrong)}, "ideogram4")
+    with pytest.raises(DataError, match="makes a weight larger"):
+        converted(
+            {**pair("diffusion_model.img_in", alpha=1), "diffusion_model.img_in.reshape_weight": np.array([4, 4])},
+            "flux1",
+        )
+    with pytest.raises(DataError, match="two numbers"):
+        converted({**pair(key, alpha=1), f"{key}.reshape_weight": np.ones(3)}, "ideogram4")
+
+
+@report(
     "huggingface/diffusers#6087",
     wrong="diffusers before 0.34 saves no alpha: trained with 8, loaded with another.",
     now="It stops and asks; `--alpha 8` is then what counts.",

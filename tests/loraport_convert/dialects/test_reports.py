@@ -408,7 +408,7 @@ def test_keys_of_a_part_that_the_family_does_not_have_are_reported(read):
     assert len(read(tensors, IDEOGRAM).unread) == 3
 
 
-@pytest.mark.parametrize("odd", ["oft_R", "lokr_t1", "reshape_weight", "on_input"])
+@pytest.mark.parametrize("odd", ["oft_R", "lokr_t1", "on_input"])
 def test_kinds_that_cannot_be_read_are_refused_by_name(read, odd):
     key = "diffusion_model.layers.0.attention.o"
     with pytest.raises(DataError, match=odd):

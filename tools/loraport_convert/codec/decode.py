@@ -21,7 +21,7 @@ from loraport.lora.proof import prove
 from loraport.lora.stacked import Part, Verbatim
 from loraport.lora.storage import Tensors, read_tensors
 from loraport_convert.codec import keys
-from loraport_convert.codec.header import dora_of, factors_of, fields_of, measure
+from loraport_convert.codec.header import check_growth, dora_of, factors_of, fields_of, measure
 from loraport_convert.codec.keys import MODEL, NAMED, Module
 from loraport_convert.codec.rows import cut, fuse
 from loraport_convert.codec.scale import Told
@@ -82,6 +82,8 @@ def decode(path: Path, told: Told, hint: str | None = None, family_told: str | N
     moves: dict[str, list[_Move]] = {}
     for source in sources:
         spans = _spans(family, source)
+        if reshape := source.fields.get("reshape"):
+            check_growth(family, spans[0].module if spans else "", source.shape, tensors[reshape], reshape)
         ranges = None if spans is None else cuts(spans, source.shape[0])
         if spans is None or ranges is None:
             unread.extend(source.fields.values())

@@ -12,6 +12,7 @@ from loraport.errors import DataError
 from loraport.lora.canonical import Array, ColumnScale, Factors, LoHa, LoKr, LowRank, RowScale, Tucker
 from loraport.lora.stacked import Full, Verbatim
 from loraport_convert.codec import keys
+from loraport_convert.families.rules import ModuleMap
 
 
 def fields_of(
@@ -50,8 +51,8 @@ def fields_of(
 
 def _kind(endings: Mapping[str, str]) -> dict[str, str]:
     """Field → ending of the factors."""
-    if keys.SET in endings:
-        return {"verbatim" + keys.SET: keys.SET}
+    if found := next((end for end in (keys.SET, keys.SCALE) if end in endings), None):
+        return {"verbatim" + keys.SET: found}
     whole = (*keys.WHOLE, keys.DIFF_BIAS, keys.NORM_BIAS, keys.PEFT_BIAS, keys.DIFF_MODULATION)
     if found := next((end for end in whole if end in endings), None):
         return {"diff": found}
@@ -68,6 +69,8 @@ def _kind(endings: Mapping[str, str]) -> dict[str, str]:
     pair = next(({"up": up, "down": down} for up, down in pairs), {})
     if keys.MID in endings and pair.get("up") == keys.LOW_RANK[0][0]:
         pair["mid"] = keys.MID
+    if pair and keys.RESHAPE in endings:
+        pair["reshape"] = keys.RESHAPE
     return pair
 
 
@@ -102,9 +105,25 @@ def measure(shapes: Mapping[str, tuple[int, ...]], name: str, path: Path) -> tup
         return factors.shape, None
     if 0 in factors.shape or factors.rank == 0:
         raise DataError(f"{path}: LoRA module {name} is empty: {factors.shape}, rank {factors.rank}.")
+    if "reshape" in shapes and shapes["reshape"] != (2,):
+        raise DataError(f"{path}: {name}{keys.RESHAPE} must be two numbers, not {shapes['reshape']}.")
     if "alpha" in shapes and math.prod(shapes["alpha"]) != 1:
         raise DataError(f"{path}: {name}: alpha must be one number, not {shapes['alpha']}.")
     return factors.shape, factors.rank
+
+
+def check_growth(
+    family: ModuleMap | None, native: str, shape: tuple[int, int], reshape: Array | None, key: str
+) -> None:
+    """Raise DataError where a LoRA makes a weight larger in a way that no written file would tell."""
+    if reshape is None:
+        return
+    told = tuple(int(size) for size in reshape)
+    if family is None or native not in family.grows or told != shape:
+        raise DataError(
+            f"{key} makes a weight larger, to {told}, which LoraPort knows only of LoRAs for FLUX.1's img_in.",
+            hint="Load the file as it is.",
+        )
 
 
 def factors_of(arrays: Mapping[str, Array]) -> Factors:

@@ -43,7 +43,6 @@ GLORA = (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight")
 #: Endings of kinds that cannot be converted, and why.
 UNSUPPORTED = {
     ".lokr_t1": "a core on the first side of a LoKr, which no loader applies",
-    ".reshape_weight": "it makes a weight larger, as control LoRAs do; load it as it is",
     ".oft_diag": "an OFT of an early sd-scripts, which ComfyUI does not read",
     ".lora_embedding_A": "a LoRA of an embedding, for which ComfyUI has no form",
     ".lora_embedding_B": "a LoRA of an embedding, for which ComfyUI has no form",
@@ -57,9 +56,13 @@ UNSUPPORTED = {
     ".vera_lambda_b": "a VeRA, which ComfyUI does not read",
     ".vera_lambda_d": "a VeRA, which ComfyUI does not read",
 }
+#: The shape that a LoRA makes a weight larger to, as control LoRAs do.
+RESHAPE = ".reshape_weight"
+#: What the makers of FLUX.1 call the norms that their control LoRAs replace.
+_REPLACED_NORMS, SCALE = ("query_norm.scale", "key_norm.scale"), ".scale"
 #: Endings of what alpha means nothing for.
 UNSCALED = frozenset((*WHOLE, SET, *_OF_ANOTHER))
-_ALONE = (ALPHA, DORA_SCALE, *WHOLE, SET, *_OF_ANOTHER, MID, OFT, *OFT_PARTS, RESCALE)
+_ALONE = (RESHAPE, ALPHA, DORA_SCALE, *WHOLE, SET, *_OF_ANOTHER, MID, OFT, *OFT_PARTS, RESCALE)
 ENDINGS = frozenset(
     [*(end for pair in LOW_RANK for end in pair), *LOHA, *LOHA_CORES, *LOKR, *_ALONE, *GLORA, *MAGNITUDES, *UNSUPPORTED]
 )
@@ -124,6 +127,8 @@ def _split(key: str) -> tuple[str, str] | None:
             found = dot  # a longer ending counts more
     if found < 0:
         found = next((len(key) - len(end) for end in _UNDERSCORED if key.endswith(end)), -1)
+    if found < 0 and key.endswith(_REPLACED_NORMS):
+        found = len(key) - len(SCALE)
     if found < 0 and (named := _NAMED_ADAPTER.match(key)):
         return named[1], f".{named[2]}.default.weight"
     return None if found < 0 else (key[:found], key[found:])

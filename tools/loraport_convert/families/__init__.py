@@ -37,6 +37,7 @@ FAMILIES = {
             unbiased=norms.UNBIASED["flux1"],
             columns=_sizes(64, 256, 768, 3072, 4096, 12288, 15360),
             depths={"double_blocks": _sizes(19), "single_blocks": _sizes(38)},
+            grows={"img_in": 64},
             encoders=("clip_l", "t5xxl"),
         ),
         ModuleMap(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 
@@ -86,6 +86,7 @@ class ModuleMap:
     stack, over all models of the family: they tell families with the same names apart. `encoders` are ComfyUI's names
     of the text encoders, first to last. `parameters` is the table of what is no matrix; a native name is that of the
     parameter but for its `.weight`. `unbiased` matches the native names of modules without a bias.
+    `grows` are the columns of modules that a LoRA may widen, as those that take a control image do.
     """
 
     name: str
@@ -96,6 +97,7 @@ class ModuleMap:
     encoders: tuple[str, ...] = ()
     parameters: str = ""
     unbiased: str = ""
+    grows: Mapping[str, int] = field(default_factory=dict)
 
     def native(self, name: str, shape: Shape | None = None, flat: bool = False) -> tuple[Span, ...] | None:
         """Where the rows of a module lie in the native modules, in the order of its rows; None for an unknown name.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from loraport.errors import RunFolderError
-from loraport.files import atomic_path, write_atomic
+from loraport.files import atomic_path, synced_by_caller, write_atomic
 
 
 def left_over(folder: Path) -> list[str]:
@@ -152,3 +152,15 @@ def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
             write_atomic(tmp_path / "file", "new")
     finally:
         tmp_path.chmod(0o755)
+
+
+def test_whoever_takes_syncing_on_has_files_written_without_waiting_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with synced_by_caller():
+        write_atomic(tmp_path / "file", "a")
+    assert synced == []
+    write_atomic(tmp_path / "file", "b")
+    assert len(synced) == 1

@@ -1,15 +1,19 @@
 """What converting costs beside copying: memory always, and with LORAPORT_BENCH_FILE, time and memory at full size.
 
+A copy is `shutil.copyfile`, as `cp` makes it, and once more with its fsync, which is what a converted file has had.
+Both follow each other in every round with the input in the page cache, and each ratio is the median over the rounds.
 Only ratios and differences are recorded: they say something about other machines too.
 """
 
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import ml_dtypes
@@ -72,7 +76,7 @@ def lora(layout, rank, dtype=ml_dtypes.bfloat16, layers=None):
             yield f"{key}.alpha", np.array(rank / 2, np.float32)
 
 
-ROUNDS = int(os.environ.get("LORAPORT_BENCH_ROUNDS", "5"))
+ROUNDS = int(os.environ.get("LORAPORT_BENCH_ROUNDS", "7"))
 
 #: Small, because a process counts as its own what the one that started it had in memory.
 LAUNCHER = """
@@ -92,13 +96,38 @@ def measured(*arguments):
     return wall, processor, memory * (1 if sys.platform == "darwin" else 1024)
 
 
-def copied(source, target):
-    """(seconds, processor seconds) for a copy that is as safe on the disk as a converted file."""
+#: Has the host of a virtual machine back as much free memory as the next command needs. Many take back what is free for
+#: two seconds, and the first to use it again would wait for the host, five times as long as copying takes.
+BACKED = "import mmap, sys; mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | getattr(mmap, 'MAP_POPULATE', 0))"
+
+
+def backed(size):
+    """Let what is written reach the disk, and make the machine's state the same before each command."""
+    os.sync()
+    subprocess.run([sys.executable, "-IS", "-c", BACKED, str(size)], check=True)
+
+
+def copied(source, target, synced):
+    """(seconds, processor seconds) for a copy, which is then taken away."""
+    backed(source.stat().st_size + (1 << 30))
     start, processor = time.perf_counter(), time.process_time()
     shutil.copyfile(source, target)
-    with open(target, "rb") as file:
-        os.fsync(file.fileno())
-    return time.perf_counter() - start, time.process_time() - processor
+    if synced:
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+    taken = time.perf_counter() - start, time.process_time() - processor
+    target.unlink()
+    return taken
+
+
+def file_system(path):
+    """What the folder of a file lies on, where `findmnt` is there to tell."""
+    found = shutil.which("findmnt") and subprocess.run(["findmnt", "-no", "FSTYPE", "-T", path], capture_output=True)
+    return found.stdout.decode().strip() if found else "unknown file system"
+
+
+def median_ratio(some, others):
+    return round(statistics.median(a / b for a, b in zip(some, others, strict=True)), 2)
 
 
 @pytest.mark.parametrize("layout", ["kohya", "apart"])
@@ -133,16 +162,20 @@ def test_two_gigabytes_are_converted_in_little_memory_and_the_time_is_recorded(t
     path, out, twin = (tmp_path / f"{name}.safetensors" for name in ("in", "out", "copy"))
     stream_tensors(path, lora(layout, rank, np.dtype(getattr(ml_dtypes, dtype, dtype))), {})
     base = measured("inspect", path)[2]
-    copies, conversions, larger = [], [], []
-    for _ in range(ROUNDS):
-        copies.append(copied(path, twin))
-        twin.unlink()
-        conversions.append(measured("convert", path, "-o", out, "--assume-alpha", "rank", "--overwrite"))
-        larger.append(copied(out, twin))
-        twin.unlink()
-        if len(larger) < ROUNDS:
-            out.unlink()  # freeing an old output is not converting
-    wall, cpu, peaks = zip(*conversions, strict=True)
+    arguments = ("convert", path, "-o", out, "--assume-alpha", "rank", "--overwrite")
+    size = path.stat().st_size
+    taken = {name: [] for name in ("copy", "synced copy", "convert", "copy of the output", "synced copy of the output")}
+    for number in range(ROUNDS + 1):
+        row = [copied(path, twin, False), copied(path, twin, True)]
+        backed(size + (1 << 30))
+        row += [measured(*arguments), copied(out, twin, False), copied(out, twin, True)]
+        size = out.stat().st_size
+        if number:  # the first is for warming up
+            for name, each in zip(taken, row, strict=True):
+                taken[name].append(each)
+        out.unlink()  # freeing an old output is not converting
+    wall = {name: [each[0] for each in several] for name, several in taken.items()}
+    cpu, peaks = ([each[at] for each in taken["convert"]] for at in (1, 2))
     row = {
         "layout": {
             "kohya": "Ideogram 4, kohya's names",
@@ -151,16 +184,23 @@ def test_two_gigabytes_are_converted_in_little_memory_and_the_time_is_recorded(t
             "flux1": "FLUX.1, diffusers' names, q k v apart",
         }[layout],
         "dtype": dtype,
+        "command": "loraport convert in.safetensors -o out.safetensors --assume-alpha rank --overwrite",
         "gigabytes": round(path.stat().st_size / 1e9, 2),
-        "output_gigabytes": round(out.stat().st_size / 1e9, 2),
-        # The best of each: what else the machine did only ever adds.
-        "time_over_copying": round(min(wall) / min(copies)[0], 2),
-        "time_over_copying_the_output": round(min(wall) / min(larger)[0], 2),
-        "median_over_median": round(statistics.median(wall) / statistics.median(each for each, _ in copies), 2),
-        "processor_time_over_copying": round(min(cpu) / min(each for _, each in copies), 2),
+        "output_gigabytes": round(size / 1e9, 2),
+        "time_over_synced_copy": median_ratio(wall["convert"], wall["synced copy"]),
+        "time_over_plain_copy": median_ratio(wall["convert"], wall["copy"]),
+        "time_over_synced_copy_of_the_output": median_ratio(wall["convert"], wall["synced copy of the output"]),
+        "time_over_plain_copy_of_the_output": median_ratio(wall["convert"], wall["copy of the output"]),
+        # What else the machine did only ever adds.
+        "best_over_best_synced": round(min(wall["convert"]) / min(wall["synced copy"]), 2),
+        "best_over_best_plain": round(min(wall["convert"]) / min(wall["copy"]), 2),
+        "processor_time_over_copying": median_ratio(cpu, [each for _, each in taken["copy"]]),
         "memory_above_base_mb": round((max(peaks) - base) / 1e6),
-        "rounds": len(copies),
+        "rounds": ROUNDS,
+        "page_cache": "warm",
         "cores": os.cpu_count(),
+        "machine": f"{platform.system()} {platform.release().split('-')[0]}, {platform.machine()}, {file_system(path)}",
+        "versions": {"python": platform.python_version(), **{each: version(each) for each in ("numpy", "safetensors")}},
         "load": [round(each, 1) for each in os.getloadavg()],
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -129,10 +129,7 @@ def _lora(table: VerdictTable) -> None:
     # LyCORIS does so by itself, and then knows no rank to divide alpha by.
     whole = "; where the rank is half of a factor's side or more, that factor is whole and alpha counts for nothing"
     table.exact("lora.rank", "lora.alpha", reason=f"trained by {library}{whole if lora.type == 'lokr' else ''}")
-    if lora.dora and table.spec.memory.storage != "none":
-        table.refused("lora.dora", reason="DoRA needs the full weights: set memory.storage: none")
-    else:
-        table.exact("lora.dora", reason="trained by peft; written so that ComfyUI computes the same weights")
+    table.exact("lora.dora", reason="trained by peft; written so that ComfyUI computes the same weights")
     if lora.dropout and lora.type != "lora":
         table.refused("lora.dropout", reason=f"lycoris-lora has no input dropout for {lora.type}: set it to 0")
     else:

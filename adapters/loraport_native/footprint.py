@@ -281,6 +281,8 @@ class Run:
         if memory.storage == "none":
             return 0.0
         largest = max(outputs * inputs for outputs, inputs in linears.values())
+        if self.spec.lora.dora:  # widened to float32, and from that to what it is computed in
+            return largest * (4 + self.number)
         return largest * (WIDENED[self.compiled] * self.number if memory.compute == "model" else 1)
 
     def _upwards(self) -> float:

@@ -41,6 +41,13 @@ def frozen_linear(x: Tensor, kind: str, stored: tuple[Tensor, ...]) -> Tensor:
     return result.unflatten(0, x.shape[:-1])
 
 
+def widened(kind: str, stored: tuple[Tensor, ...], shape: tuple[int, int]) -> Tensor:
+    """The weight (out, in) in float32."""
+    if kind.startswith("nf4"):
+        return _unpack(shape, torch.float32, *stored)
+    return stored[0].float() * stored[1] if kind != "plain" else stored[0].float()
+
+
 class Adapted(NamedTuple):
     """A frozen weight and the LoRA on it: x·Wᵀ + scale·(x·downᵀ)·upᵀ, down (rank, in) and up (out, rank)."""
 

@@ -195,7 +195,8 @@ def write_adapter(path: Path, adapter: Adapter, weights: Mapping[str, torch.Tens
 def _dora_norms(adapter: Adapter, module: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Row norms of W and of W + s·B·A, float32 (out,): what a reader without W needs."""
     layer: Any = adapter.model.get_submodule(module)
-    weight = layer.base_layer.weight.detach().float().cpu()
+    base = layer.base_layer
+    weight = (base.dequantize() if isinstance(base, StoredLinear) else base.weight.detach().float()).cpu()
     merged = weight + adapter.scales[module] * (tensors[f"{module}.lora_B"] @ tensors[f"{module}.lora_A"])
     return {f"{module}.base_norm": weight.norm(dim=1), f"{module}.merged_norm": merged.norm(dim=1)}
 

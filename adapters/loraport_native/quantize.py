@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from loraport_native.frozen import NF4_BLOCK, frozen_linear, to_bytes
+from loraport_native.frozen import NF4_BLOCK, frozen_linear, to_bytes, widened
 from loraport_native.scaled_matmul import to_rows
 
 _ROWS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -68,6 +68,16 @@ class StoredLinear(nn.Linear):
     def qweight(self) -> Tensor:
         """The stored numbers as bytes; peft puts an adapter on their device."""
         return self.stored[0].view(torch.uint8)
+
+    @property
+    def W_q(self) -> Tensor:
+        """The stored numbers; HQQ's name for them, by which peft's DoRA knows a layer that can be dequantised."""
+        return self.qweight
+
+    @torch.no_grad()
+    def dequantize(self) -> Tensor:
+        """The weight (out, in) in float32."""
+        return widened(self.kind, self.stored, (self.out_features, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         result = frozen_linear(x, self.kind, self.stored)

@@ -26,7 +26,7 @@ def test_every_field_is_judged_in_order_and_the_usual_spec_is_done_exactly(make_
 @pytest.mark.parametrize(
     ("changes", "path", "kind"),
     [
-        ({"lora": {"dora": True}, "memory": {"quantize": "nf4"}}, "lora.dora", Kind.REFUSED),
+        ({"lora": {"dora": True}, "memory": {"quantize": "nf4"}}, "lora.dora", Kind.EXACT),
         ({"lora": {"dora": True}}, "lora.dora", Kind.EXACT),
         ({"lora": {"type": "lokr", "dropout": 0.1}}, "lora.dropout", Kind.REFUSED),
         ({"lora": {"type": "loha", "dropout": 0.1}}, "lora.dropout", Kind.REFUSED),
@@ -86,10 +86,6 @@ INCOMPATIBLE: dict[str, tuple[dict[str, Any], str, str]] = {
     **{
         f"{offload} in one graph": ({"memory": {"offload": offload, "compile": "full"}}, "memory.compile", "regional")
         for offload in ("group", "group+activations", "disk")
-    },
-    **{
-        f"DoRA over {storage}": ({"lora": {"dora": True}, "memory": {"storage": storage}}, "lora.dora", "full weights")
-        for storage in ("fp8", "int8", "nf4")
     },
 }
 

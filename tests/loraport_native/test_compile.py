@@ -38,6 +38,7 @@ COMBINATIONS: list[dict[str, Any]] = [
     {"storage": "none", "offload": "group", "gradient_checkpointing": "selective", "kind": "lora", "dora": True},
     {"storage": "none", "offload": "none", "gradient_checkpointing": "none", "kind": "loha"},
     {"storage": "fp8", "offload": "group", "gradient_checkpointing": "full", "kind": "lokr"},
+    {"storage": "nf4", "offload": "none", "gradient_checkpointing": "none", "kind": "lora", "dora": True},
     {"storage": "fp8", "compute": "fp8", "offload": "none", "gradient_checkpointing": "none", "kind": "lora"},
     {"storage": "fp8", "compute": "fp8", "offload": "group", "gradient_checkpointing": "selective", "kind": "lora"},
     {"storage": "fp8", "compute": "fp8", "offload": "group+activations", "kind": "lokr"},

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_steps import PATTERNS, step
 from torch import nn
 
 from loraport.run.events import Step, Validation
+from loraport.spec.models import LoraSection
+from loraport_native.lora import inject
 from loraport_native.models import weights
 from loraport_native.models.checkpoint import find_checkpoint, load_transformer
-from loraport_native.quantize import quantize_blocks
+from loraport_native.quantize import StoredLinear, quantize_blocks
 
 # Largest relative error of one layer's output. Of each weight, as a share of its size: e4m3 rounds 3 bits of mantissa;
 # int8 a row's largest number to 127 steps; nf4 keeps 16 levels, 9 % of a Gaussian weight.
@@ -108,6 +111,32 @@ def test_compiled_blocks_train_like_plain_ones(make_spec, make_trainer, tmp_path
         trainer.fit()
         losses[mode] = [event.loss for event in trainer.events if isinstance(event, Step)]
     assert losses["regional"] == pytest.approx(losses["none"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", LAYER_ERROR)
+def test_dora_on_quantised_weights_is_dora_on_what_they_stand_for(tiny_official: Path, method: str) -> None:
+    """Its magnitudes, the result and the gradients; with weights in full precision that hold the quantised numbers."""
+
+    def found(plain: bool) -> list[torch.Tensor]:
+        draw = torch.Generator().manual_seed(1)
+        model = load_transformer(find_checkpoint(str(tiny_official)), torch.float32, "cpu")
+        quantize_blocks(model.layers, method)
+        if plain:
+            for parent in list(model.layers.modules()):
+                for name, layer in list(parent.named_children()):
+                    if isinstance(layer, StoredLinear):
+                        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                        linear.weight.data, linear.bias = layer.dequantize(), layer.bias
+                        setattr(parent, name, linear)
+        adapter = inject(model, LoraSection(rank=4, alpha=4, dora=True), PATTERNS, seed=0)
+        for factor in adapter.factors.values():
+            if factor.dim() > 1:
+                factor.data.normal_(std=0.1, generator=draw)
+        magnitudes = [factor.detach().clone() for name, factor in adapter.factors.items() if name.endswith("magnitude")]
+        return [*magnitudes, *step(model, adapter)]
+
+    for quantised, plain in zip(found(plain=False), found(plain=True), strict=True):
+        torch.testing.assert_close(quantised, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
 def test_without_quantisation_nothing_is_touched(tiny_official: Path) -> None:

@@ -46,13 +46,16 @@ def test_inputs_kept_on_the_host_change_nothing_for_any_adapter(tiny_official: P
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
-@pytest.mark.parametrize("offload", ["group", "group+activations", "disk"])
+@pytest.mark.parametrize(
+    ("offload", "storage"),
+    [("group", "none"), ("group", "fp8"), ("group+activations", "none"), ("disk", "none"), ("disk", "nf4")],
+)
 def test_dora_measures_and_is_saved_with_the_weights_of_blocks_that_wait(
-    tiny_official: Path, offload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_official: Path, offload: str, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAPORT_CACHE", str(tmp_path))
     (model, adapter), (other, resident) = (
-        model_with(tiny_official, dora=True, storage="none", offload=name) for name in (offload, "none")
+        model_with(tiny_official, dora=True, storage=storage, offload=name) for name in (offload, "none")
     )
     for one, wanted in zip(step(model, adapter), step(other, resident), strict=True):
         assert torch.equal(one, wanted)

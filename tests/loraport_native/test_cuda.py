@@ -42,6 +42,8 @@ QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "spec.yaml"
         ["memory.gradient_checkpointing=auto"],
         ["memory.compile=full"],
         ["lora.dora=true"],
+        ["lora.dora=true", "memory.quantize=nf4", "memory.offload=group", "memory.compile=regional"],
+        ["memory.quantize=int8-dynamic", "memory.compile=regional"],
         ["sample.every=20", "sample.prompts=[a cat]", "sample.width=128", "sample.height=128", "sample.steps=4"],
     ],
     ids=lambda settings: ",".join(settings),

@@ -324,6 +324,10 @@ def reporting_logger(settings: dict[str, Any], arguments: list[str], stop: Stop)
             seconds = time.monotonic() - self.began
             # torch.optim.lr_scheduler.ConstantLR, which DiffSynth makes with its defaults.
             warming = self.step - start <= 5
+            peaks = {}
+            if torch.cuda.is_available():
+                peaks["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                peaks["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
             tell(
                 "step",
                 step=self.step,
@@ -332,7 +336,7 @@ def reporting_logger(settings: dict[str, Any], arguments: list[str], stop: Stop)
                 lr=args.learning_rate / 3 if warming else args.learning_rate,
                 seconds=seconds,
                 images_per_second=len(self.losses) / seconds,
-                peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+                **peaks,
             )
             self.losses, self.began = [], time.monotonic()
 

@@ -113,8 +113,8 @@ def run(run_dir: Path, trainer: Trainer) -> int:
     tell(PhaseStarted(phase="cache", detail="images at their final size"))
     if is_local(spec):
         stored = prepare.lay_out_checkpoint(spec.model.checkpoint, backend)
-        if stored and any("--quant_options" in phase["arguments"] for phase in job["phases"]):
-            tell(Warn(message="The checkpoint's weights are stored quantised; DiffSynth keeps them as they are."))
+        if stored:
+            prepare.refuse_other_storage(stored, job["phases"][-1]["arguments"])
     pictures = prepare.write_pictures(
         spec, backend / DATASET, lambda done, total: tell(Progress(done=done, total=total))
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -13,13 +14,14 @@ from PIL import ImageOps
 
 from loraport.buckets import bucket_for, fit
 from loraport.dataset import Item, load_image
-from loraport.errors import DataError
+from loraport.errors import DataError, SpecError
 from loraport.files import atomic_path, write_atomic
 from loraport.ideogram4 import IDEOGRAM4
 from loraport.lora.storage import read_tensors
 from loraport.sets import trained_sets
 from loraport.spec.models import DatasetSection, TrainSpec
 from loraport.staging import write_tiny_checkpoint
+from loraport_diffsynth.capabilities import METHODS
 from loraport_diffsynth.translate import CHECKPOINT, TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE
 
 
@@ -107,8 +109,9 @@ def link_order(pictures: list[Picture], drawn: list[tuple[int, bool]], cache: Pa
         (folder / f"{turn:07d}.pth").symlink_to(cache / f"{row}.pth")
 
 
-def lay_out_checkpoint(checkpoint: str, backend: Path) -> bool:
-    """Link a local checkpoint (or write a tiny one) to `backend`; whether its weights are stored quantised.
+def lay_out_checkpoint(checkpoint: str, backend: Path) -> str | None:
+    """Link a local checkpoint (or write a tiny one) to `backend`; how its transformer is stored: fp8, nf4, or None
+    where it is plain numbers.
 
     Raises DataError for a folder without DiffSynth's files.
     """
@@ -130,4 +133,22 @@ def lay_out_checkpoint(checkpoint: str, backend: Path) -> bool:
             f"The transformer in {checkpoint} is not in the official layout (there is no layers.0.attention.qkv).",
             hint="DiffSynth cannot read diffusers' split attention: use the official files, or the native backend.",
         )
-    return any(key.endswith(".weight_scale") or "quant_state" in key for key in keys)
+    marks = {"fp8": ".weight_scale", "nf4": ".quant_state.bitsandbytes__nf4"}
+    return next((kind for kind, mark in marks.items() if any(key.endswith(mark) for key in keys)), None)
+
+
+def refuse_other_storage(stored: str, arguments: list[str]) -> None:
+    """Raise SpecError when a checkpoint that is stored quantised is to be quantised in another way, or computed with in
+    8 bits: DiffSynth keeps such weights as they are and unpacks them, and the run would not be what its plan says.
+
+    arguments: those of the training. A checkpoint is not looked into where the plan is made.
+    """
+    asked = dict(itertools.pairwise(arguments)).get("--quant_options", "")  # the last, as argparse takes it
+    methods = dict(each.rsplit(":", 1) for each in asked.split(";") if ":" in each)
+    method = methods.get(f"{CHECKPOINT}/{TRANSFORMER}", METHODS[stored])
+    if method != METHODS[stored]:
+        raise SpecError(
+            f"model.checkpoint is stored in {stored}, which DiffSynth keeps; memory.storage and memory.compute ask for "
+            f"its {method}.",
+            hint=f"Set memory.quantize: {stored}, or give a checkpoint in bf16.",
+        )

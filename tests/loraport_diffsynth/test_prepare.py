@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loraport.errors import DataError
+from loraport.errors import DataError, SpecError
+from loraport.plugins import plugins
+from loraport.profiles import resolve_memory
 from loraport.spec.models import TrainSpec
 from loraport_diffsynth import prepare
 from loraport_diffsynth.prepare import Picture, draw
+from loraport_diffsynth.translate import job
 
 MakeSpec = Callable[..., TrainSpec]
 Write = Callable[..., Path]
@@ -110,10 +113,24 @@ def test_encoded_rows_are_linked_in_the_order_drawn_and_old_links_go(tmp_path: P
 
 def test_a_checkpoint_folder_is_linked_and_its_quantisation_seen(tmp_path: Path, write_checkpoint: Write) -> None:
     plain = write_checkpoint(tmp_path / "plain, one", "layers.0.attention.qkv.weight")
-    assert prepare.lay_out_checkpoint(str(plain), tmp_path) is False
+    assert prepare.lay_out_checkpoint(str(plain), tmp_path) is None
     stored = write_checkpoint(tmp_path / "fp8", "layers.0.attention.qkv.weight", "layers.0.attention.qkv.weight_scale")
-    assert prepare.lay_out_checkpoint(str(stored), tmp_path) is True
+    assert prepare.lay_out_checkpoint(str(stored), tmp_path) == "fp8"
     assert (tmp_path / "checkpoint").resolve() == stored
+
+
+def test_weights_that_are_stored_quantised_are_not_quantised_otherwise_in_silence() -> None:
+    def asked(**memory: str) -> list[str]:
+        content = {"name": "a", "model": {"checkpoint": "/stored"}, "dataset": {"path": "/p"}, "memory": memory}
+        spec = resolve_memory(TrainSpec.model_validate(content), plugins().profiles())
+        return list(job(spec)["phases"][-1]["arguments"])
+
+    prepare.refuse_other_storage("fp8", asked())
+    prepare.refuse_other_storage("fp8", asked(quantize="fp8"))
+    prepare.refuse_other_storage("nf4", asked(quantize="nf4"))
+    for stored, other in (("fp8", "nf4"), ("nf4", "fp8"), ("fp8", "fp8-dynamic")):
+        with pytest.raises(SpecError, match=f"stored in {stored}, which DiffSynth keeps"):
+            prepare.refuse_other_storage(stored, asked(quantize=other))
 
 
 def test_a_checkpoint_that_diffsynth_cannot_read_is_refused_before_it_starts(

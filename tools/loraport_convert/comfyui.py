@@ -83,7 +83,7 @@ class ComfyUI:
         builders, sizes = {}, {}
         grouped, _ = keys.grouped(mine)
         for prefixed, endings in grouped.items():
-            if keys.NORM_BIAS in endings and keys.WHOLE[1] not in grouped.get(prefixed.removesuffix(keys.BIAS), {}):
+            if keys.NORM_BIAS in endings and keys.NORM not in grouped.get(prefixed.removesuffix(keys.BIAS), {}):
                 unread.append(endings[keys.NORM_BIAS])  # it looks for the two together
                 continue
             fields, rest = fields_of(prefixed, endings, (keys.DORA_SCALE,), path)

@@ -93,7 +93,7 @@ def _looked_for(prefixed: str, endings: Mapping[str, str], modules: Mapping[str,
     if any(not key.endswith(ending) for ending, key in endings.items()):
         return False  # PEFT's keys with the name of an adapter
     if keys.NORM_BIAS in endings:
-        return keys.WHOLE[1] in modules.get(prefixed.removesuffix(keys.BIAS), {})
+        return keys.NORM in modules.get(prefixed.removesuffix(keys.BIAS), {})
     return not endings.keys() <= {keys.PEFT_BIAS, keys.DIFF_MODULATION, keys.SCALE}
 
 

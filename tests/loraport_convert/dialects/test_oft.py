@@ -157,6 +157,12 @@ def test_blocks_of_different_sizes_get_a_common_one_and_are_refused_where_none_e
         converted({**tensors, f"{key}_proj_mlp.oft_blocks": random(1, 64, 64)})
 
 
+def test_an_oft_whose_bound_is_no_number_is_refused(converted):
+    key = "lycoris_transformer_blocks_0_attn_to_q"
+    with pytest.raises(DataError, match="no number"):
+        converted({f"{key}.oft_blocks": random(4, 4, 4), f"{key}.alpha": np.array(np.nan, np.float32)})
+
+
 def test_an_oft_for_kohya_comes_back_the_same(tmp_path):
     dialects, path = plugins().dialects(), tmp_path / "x.safetensors"
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.oft_blocks"

@@ -112,14 +112,10 @@ def measure(shapes: Mapping[str, tuple[int, ...]], name: str, path: Path) -> tup
     return factors.shape, factors.rank
 
 
-def check_growth(
-    family: ModuleMap | None, native: str, shape: tuple[int, int], reshape: Array | None, key: str
-) -> None:
+def check_growth(family: ModuleMap | None, native: str, shape: tuple[int, int], reshape: Array, key: str) -> None:
     """Raise DataError where a LoRA makes a weight larger in a way that no written file would tell."""
-    if reshape is None:
-        return
-    told = tuple(int(size) for size in reshape)
-    if family is None or native not in family.grows or told != shape:
+    told = tuple(reshape.tolist())
+    if reshape.dtype.kind not in "iu" or family is None or native not in family.grows or told != shape:
         raise DataError(
             f"{key} makes a weight larger, to {told}, which LoraPort knows only of LoRAs for FLUX.1's img_in.",
             hint="Load the file as it is.",

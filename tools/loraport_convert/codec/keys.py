@@ -26,7 +26,8 @@ ALPHA, DORA_SCALE, DIFF = ".alpha", ".dora_scale", ".diff"
 #: A weight itself, which takes the place of the model's.
 SET = ".set_weight"
 #: Changes of whole weights: LyCORIS' of modules and of norms.
-WHOLE = (DIFF, ".w_norm")
+NORM = ".w_norm"
+WHOLE = (DIFF, NORM)
 #: What changes a bias, as a module of its own: `<module>.bias`. PEFT multiplies its own by the LoRA's scale.
 BIAS, PEFT_BIAS, NORM_BIAS = ".bias", ".lora_B.bias", ".b_norm"
 DIFF_BIAS = ".diff_b"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from loraport.errors import DataError
 from loraport.lora.canonical import Array
 from loraport.lora.stacked import Verbatim
 from loraport_convert.codec import keys
@@ -29,13 +30,15 @@ def pieces_of(factors: Verbatim) -> list[Piece] | None:
     """The blocks of an OFT by their first rows, None for another kind.
 
     alpha bounds ‖Q‖ of a module by alpha times its rows (for sd-scripts those of each of its parts). Where it does, the
-    blocks come scaled down as the bound would, in fp32.
+    blocks come scaled down as the bound would, in fp32. Raises DataError where alpha is NaN.
     """
     named = factors.blocks()
     if not named or any(blocks.ndim != 3 for blocks in named):
         return None
     alpha = factors.tensors.get(keys.ALPHA)
     bound = 0.0 if alpha is None else float(alpha.reshape(()))
+    if math.isnan(bound):
+        raise DataError(f"The {keys.ALPHA} of an OFT is no number.", hint="The file is damaged: copy it again.")
     pieces, first = [], 0
     for blocks in named:
         rows = blocks.shape[0] * blocks.shape[1]

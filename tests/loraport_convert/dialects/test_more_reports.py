@@ -364,8 +364,8 @@ def test_a_weight_that_grows_elsewhere_is_refused(converted):
             {**pair("diffusion_model.img_in", alpha=1), "diffusion_model.img_in.reshape_weight": np.array([4, 4])},
             "flux1",
         )
+    odd = {"diffusion_model.img_in.reshape_weight": np.full(2, np.nan)}
     with pytest.raises(DataError, match="makes a weight larger"):
-        odd = {"diffusion_model.img_in.reshape_weight": np.full(2, np.nan)}
         converted({**pair("diffusion_model.img_in", alpha=1), **odd}, "flux1")
     with pytest.raises(DataError, match="two numbers"):
         converted({**pair(key, alpha=1), f"{key}.reshape_weight": np.ones(3)}, "ideogram4")

@@ -92,6 +92,8 @@ def main(checkout, folder):
                     continue
                 before = weight(shape) if path.stem == "kinds" else torch.zeros(shape)
                 after = comfy.lora.calculate_weight(several, before.clone(), key)
+                if after.shape != before.shape:  # a control LoRA makes it larger
+                    before = torch.zeros_like(after)
                 change = (after - before).reshape(shape[0], -1)
                 found[key] = (change @ torch.cos(torch.arange(change.shape[1], dtype=torch.float32))).contiguous()
             save_file(found, path.with_suffix(".probe"))

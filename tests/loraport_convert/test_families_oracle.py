@@ -24,6 +24,7 @@ from loraport.lora.storage import read_tensors, write_tensors
 from loraport.plugins import plugins
 from loraport_convert.codec.keys import split
 from loraport_convert.families import FAMILIES
+from loraport_convert.families.norms import PARAMETERS
 from loraport_convert.inspection import inspect
 
 pytestmark = [
@@ -204,7 +205,7 @@ def _is_first(name):
 
 def parameter(native):
     """ComfyUI's key of what a native name without a matrix means."""
-    own = native.endswith((".bias", ".scale", ".modulation"))
+    own = native.endswith((".bias", *PARAMETERS))
     return f"diffusion_model.{native}" if own else f"diffusion_model.{native}.weight"
 
 
@@ -219,6 +220,14 @@ def vectors_styled(model, style):
     return tensors
 
 
+def growing():
+    """A LoRA of FLUX.1 that takes a control image: `img_in` with twice the columns, and its bias."""
+    rng = np.random.default_rng(7)
+    down, up, bias = (rng.standard_normal(size).astype(np.float32) for size in ((2, 128), (3072, 2), (3072,)))
+    module = LoraModule("img_in", LowRank(down=down, up=up), 0.75)
+    return {"img_in": module, "img_in.bias": LoraModule("img_in.bias", Full(bias), 1.0)}
+
+
 def write_files(model, folder, dialects):
     """Everything that ComfyUI is asked about a model."""
     source = folder / f"{model}.safetensors"
@@ -227,6 +236,8 @@ def write_files(model, folder, dialects):
     assert lora.unread == ()
     for target in ("comfyui", "kohya"):
         dialects[target].write(lora, folder / model / f"{target}.safetensors", None, {})
+    if model == "flux1":
+        dialects["comfyui"].write(LoraFile(lora.family, growing()), folder / model / "growing.safetensors", None, {})
     if model in ITS_OWN:
         write_tensors(folder / model / "own.safetensors", keyed(trained(model), ITS_OWN[model]), {})
     kinds = {name: adapter(kind, name, shape)[0] for kind, name, shape in modules_for(model)}
@@ -235,7 +246,8 @@ def write_files(model, folder, dialects):
     if whole:
         for target in ("comfyui", "kohya"):
             path = folder / model / f"vectors-{target}.safetensors"
-            dialects[target].write(LoraFile(lora.family, whole), path, None, {})
+            held = {name: each for name, each in whole.items() if target == "comfyui" or not name.endswith(PARAMETERS)}
+            dialects[target].write(LoraFile(lora.family, held), path, None, {})
     for style in STYLES:
         write_tensors(folder / model / f"keys-vectors-{style}.safetensors", vectors_styled(model, style), {})
         write_tensors(folder / model / f"keys-{style}.safetensors", styled(trained(model), style), {})
@@ -307,6 +319,10 @@ def wanted_of(model, name):
     if name.startswith("encoders"):
         modules = encoder_modules(model).values()
         return {f"{each.name.removeprefix('text_encoders.')}.weight": probed(dense(each)) for each in modules}
+    if name == "growing":
+        modules = growing()
+        changes = {"weight": dense(modules["img_in"]), "bias": dense(modules["img_in.bias"])}
+        return {f"diffusion_model.img_in.{key}": probed(change) for key, change in changes.items()}
     if name.startswith("vectors"):
         changes = {parameter(native): change.reshape(len(change), -1) for native, change in vectors(model).items()}
         return {key: probed(change) for key, change in changes.items()}
@@ -402,14 +418,18 @@ def test_comfyuis_model_has_the_norms_and_the_biases_of_the_tables_and_no_other_
 @pytest.mark.parametrize("model", MODELS)
 def test_comfyui_changes_biases_norms_and_modulations_as_they_were_trained(comfy, model, target):
     name = f"vectors-{target}"
-    missed = set(report(comfy, model)["files"][name])
-    own = {native for native in vectors(model) if native.endswith((".scale", ".modulation"))}
-    # Under kohya's prefix it knows only what is called a weight.
-    assert len(missed) == (len(own) if target == "kohya" else 0)
+    assert report(comfy, model)["files"][name] == []
     apart = differences(comfy, model, name)
-    lacking = {parameter(native) for native in own} if target == "kohya" else set()
-    assert set(apart) == {parameter(native) for native in vectors(model)} - lacking
+    held = {native for native in vectors(model) if target == "comfyui" or not native.endswith(PARAMETERS)}
+    assert set(apart) == {parameter(native) for native in held}
     assert max(apart.values()) < 1e-6
+
+
+def test_comfyui_makes_the_weight_larger_that_a_control_lora_widens(comfy):
+    assert report(comfy, "flux1")["files"]["growing"] == []
+    apart = differences(comfy, "flux1", "growing")
+    assert set(apart) == {"diffusion_model.img_in.weight", "diffusion_model.img_in.bias"}
+    assert max(apart.values()) < 1e-5
 
 
 def not_found(folder, model, name):

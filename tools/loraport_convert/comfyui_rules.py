@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from loraport.lora.storage import Tensors
 from loraport_convert.codec import keys
 from loraport_convert.families import ENCODERS, FAMILIES
+from loraport_convert.families.norms import PARAMETERS
 from loraport_convert.families.rules import Span
 
 #: Family → the prefixes under which ComfyUI takes diffusers' names, but for the two exceptions below.
@@ -31,8 +32,6 @@ _SHARED_OF_FLUX2 = ("double_stream_modulation", "single_stream_modulation", "tim
 #: Of Stable Diffusion it takes dotted names of attention as diffusers had them when they were processors.
 #: Keys by which it recognises the control LoRAs of FLUX.1's makers.
 _CONTROL = {"img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale"}
-#: Parameters that are the weight of no module, which it takes under their own full names alone.
-_PARAMETERS = (".scale", ".modulation")
 _ATTENTION = re.compile(r"\.(processor\.)?to_(?:[qkv]|out(\.0)?)$")
 _OWN = "text_encoders."
 _NATIVE = ("diffusion_model.", "lora_unet_")
@@ -131,7 +130,7 @@ def _known(prefixed: str, family: str | None) -> bool:
     if family not in FAMILIES:
         return prefix in _NATIVE
     native = FAMILIES[family].native(module.name, None, module.flat)
-    if native is not None and native[0].module.endswith(_PARAMETERS):
+    if native is not None and native[0].module.endswith(PARAMETERS):  # it takes them under their own full names alone
         return prefix == _NATIVE[0] and _same(native, module)
     if prefix in _NATIVE and (native is None or _same(native, module)):
         return native is not None

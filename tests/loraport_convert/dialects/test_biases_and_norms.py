@@ -191,6 +191,11 @@ def test_a_format_for_matrices_alone_refuses_them_by_name(converted, target):
         converted({**pair("lycoris_blocks_0_attn1_to_q"), "lycoris_blocks_0_norm2.w_norm": random(H)}, "wan", target)
 
 
+def test_kohyas_layout_refuses_what_is_the_weight_of_no_module(converted):
+    with pytest.raises(NotExact, match=r"blocks\.0\.modulation is the weight of no module"):
+        converted({"diffusion_model.blocks.0.diff_m": random(1, 6, H)}, "wan", "kohya")
+
+
 def test_the_lora_of_a_file_with_norms_still_tells_its_family(tmp_path):
     path = tmp_path / "x.safetensors"
     tensors = pair("diffusion_model.blocks.0.self_attn.q", 5120, 5120)

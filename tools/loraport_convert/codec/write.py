@@ -31,6 +31,7 @@ from loraport_convert.codec.encode import (
 from loraport_convert.codec.rows import cut, fuse, scaled, without_idle_rank
 from loraport_convert.codec.scale import ADAPTER_METADATA
 from loraport_convert.families import FAMILIES
+from loraport_convert.families.norms import PARAMETERS
 from loraport_convert.families.rules import ModuleMap, cuts
 
 CONFIG = "adapter_config.json"
@@ -86,6 +87,12 @@ def write_kohya(lora: LoraFile, path: Path, dtype: str | None, metadata: Mapping
     def tensors() -> Iterator[tuple[str, Array]]:
         modules = _in_diffusers(lora, family) if family.name == "sd15" else _by_part(lora, family)
         for part, name, module in modules:
+            if name.endswith(PARAMETERS):
+                raise NotExact(
+                    f"{name} is the weight of no module, and kohya's layout has names for those alone.",
+                    module=name,
+                    hint="Write it for ComfyUI, or leave it out with --only.",
+                )
             prefix = "lora_unet_" if part == keys.MODEL else _kohya_encoder(family, part)
             owner = name.removesuffix(keys.BIAS)
             flat = prefix + owner.replace(".", "_") + name[len(owner) :]

@@ -6,6 +6,9 @@ calls most of them by the module whose weight they are; where it is no `weight`,
 
 from __future__ import annotations
 
+#: The ends of native names of parameters that are the weight of no module.
+PARAMETERS = (".scale", ".modulation")
+
 
 def _sandwich(stack: str, query: str, key: str) -> str:
     """A block with norms before and after each of its two parts."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loraport.planning import Plan
     from loraport.profiles import Profile
 
 
@@ -67,6 +68,28 @@ def settings_for(card: Card, profiles: Mapping[tuple[str, str], Profile]) -> tup
         return profile, dict(profile.sets)
     kept = {name: value for name, value in profile.sets.items() if name not in ("quantize", "storage", "compute")}
     return profile, {"storage": "int8", "compute": "model", **kept}
+
+
+def lacking(plan: Plan, card: Card) -> str | None:
+    """What a plan does that this card has no hardware for, and what to do. None when there is nothing, and where the
+    spec names another device."""
+    from loraport.planning import Kind
+
+    device = plan.spec.backend.options.get("device", "auto")
+    done = any(v.path == "memory.compute" and v.kind in (Kind.EXACT, Kind.APPROXIMATED) for v in plan.verdicts)
+    if device not in ("auto", "cuda") or plan.spec.memory.compute != "fp8" or not done:
+        return None
+    if card.compute_capability >= FP8_CAPABILITY:
+        return None
+    least, there = _dotted(FP8_CAPABILITY), _dotted(card.compute_capability)
+    return (
+        f"memory.compute: fp8 needs a card of compute capability {least} or more, and {card.name} has {there}. "
+        "Set memory.quantize: int8, which takes the same memory; memory.profile: auto does so by itself."
+    )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def _card(index: int) -> Card | None:

@@ -74,6 +74,7 @@ class Plan:
     env: dict[str, str]
     memory: Forecast | None = None  #: the device memory it will take, of a backend that predicts it
     card: str | None = None  #: the card of this machine that it was made for; of several, the smallest
+    lacking: str | None = None  #: what that card has no hardware for, and what to do
 
     def not_exact(self) -> list[Verdict]:
         """The verdicts `--strict` stops at."""
@@ -91,6 +92,13 @@ class Plan:
             rule = "--strict allows only exact fields" if strict else "these fields must change first"
             raise SpecError(f"{self.backend} will not train this spec as written; {rule}:\n{lines}")
 
+    def check_card(self) -> None:
+        """Raise SpecError when this machine's card clearly cannot do it, so that nothing is loaded in vain."""
+        if self.lacking is not None:
+            raise SpecError(self.lacking)
+        if self.memory is not None:
+            self.memory.check()
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data for JSON."""
         return {
@@ -107,6 +115,7 @@ class Plan:
             "env": self.env,
             "memory": None if self.memory is None else self.memory.to_dict(),
             "card": self.card,
+            "lacking": self.lacking,
         }
 
 

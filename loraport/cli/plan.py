@@ -52,8 +52,7 @@ def add_commands(cli: typer.Typer) -> None:
         else:
             _show_both(*plans)
         for each in plans:
-            warning = each.memory.warning() if each.memory else None
-            if warning:
+            for warning in filter(None, (each.lacking, each.memory.warning() if each.memory else None)):
                 typer.secho(f"warning: {each.backend}: {warning}", fg=typer.colors.YELLOW, err=True)
         for each in plans:
             each.check(strict)

@@ -70,8 +70,7 @@ def train(
 
     made = plan(spec, backend, out)
     made.check(strict)
-    if made.memory is not None:
-        made.memory.check()
+    made.check_card()
     warnings = check_captions(made.spec, strict)
     chosen = _ready_backend(made)
     with RunFolder.create(made.run_dir, made) as folder:
@@ -162,7 +161,7 @@ def _collected(made: Plan, folder: RunFolder, backend: Backend) -> Path | None:
 def _plan(spec: TrainSpec, backend: str, run_dir: Path, resume: bool) -> Plan:
     from loraport.families import check_family
     from loraport.footprint import forecast
-    from loraport.gpu import cards
+    from loraport.gpu import cards, lacking
     from loraport.plugins import plugins
     from loraport.profiles import resolve_memory
 
@@ -170,8 +169,14 @@ def _plan(spec: TrainSpec, backend: str, run_dir: Path, resume: bool) -> Plan:
     resolved = resolve_memory(_whole(spec, backend), profiles)
     check_family(resolved, plugins().families())
     made = make_plan(resolved, chosen, run_dir, resume)
-    card = min(cards()[: resolved.train.gpus], key=lambda card: card.memory_gib, default=None)
-    return replace(made, memory=forecast(resolved, chosen, profiles, card), card=None if card is None else card.name)
+    used = cards()[: resolved.train.gpus]
+    card = min(used, key=lambda card: card.memory_gib, default=None)
+    return replace(
+        made,
+        memory=forecast(resolved, chosen, profiles, card),
+        card=None if card is None else card.name,
+        lacking=next((lack for one in used if (lack := lacking(made, one))), None),
+    )
 
 
 def _whole(spec: TrainSpec, backend: str) -> TrainSpec:

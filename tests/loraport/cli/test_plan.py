@@ -208,6 +208,27 @@ def test_a_plan_that_does_not_fit_the_card_is_shown_with_a_warning(
     assert run("plan", spec_file, *FULL_SIZE, "--set", "memory.profile=16gb")[2] == ""
 
 
+FP8 = ["--set", "memory.quantize=fp8-dynamic"]
+
+
+@pytest.mark.parametrize(("capability", "fits"), [((8, 6), False), ((8, 9), True)])
+def test_a_card_without_8_bit_floats_is_told_in_the_plan_and_stops_the_run(
+    spec_file: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fits: bool
+) -> None:
+    monkeypatch.setattr("loraport.gpu.cards", lambda: [Card("Some card", 80, capability)])
+    code, _, err = run("plan", spec_file, *FULL_SIZE, *FP8)
+    says = "memory.compute: fp8 needs a card of compute capability 8.9 or more, and Some card has 8.6. Set memory.quant"
+    assert (code, says in err) == (0, not fits)
+    assert (json.loads(run("plan", spec_file, *FULL_SIZE, *FP8, "--json")[1])["lacking"] is None) is fits
+    # What DiffSynth would not do with such a checkpoint, it needs no hardware for; nor does a CPU.
+    assert "8.6" not in run("plan", spec_file, *FULL_SIZE, *FP8, "-b", "diffsynth")[2]
+    assert "8.6" not in run("plan", spec_file, *FULL_SIZE, *FP8, "--set", "backend.options.device=cpu")[2]
+    if not fits:
+        code, _, err = run("train", spec_file, *FULL_SIZE, *FP8)
+        assert (code, err.startswith("error: memory.compute: fp8")) == (3, True)
+        assert sorted(path.name for path in spec_file.parent.iterdir()) == ["spec.yaml"]
+
+
 def test_a_run_that_clearly_does_not_fit_ends_with_three_before_anything_is_loaded(
     spec_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,3 +47,25 @@ def test_rows_are_measured_with_the_memory_of_the_whole_card(tmp_path: Path) -> 
     capped = bench(tmp_path, "--rows", "nf4-checkpointing", "--limit-memory", "0.1")["nf4-checkpointing"]
     assert capped["status"] == "out of memory"
     assert capped["settings"]["limit_gib"] == 0.1
+
+
+def test_a_trainer_on_a_card_is_watched_by_what_the_driver_tells(tmp_path: Path) -> None:
+    from test_real import bench as bench_trainers
+
+    (run,) = bench_trainers(tmp_path, ["native"], {}, "--seeds", "0", "--profiles", "fp8", cards=None).runs
+    assert run.status == "ok", run.failure
+    assert run.machine is not None
+    assert run.machine.card
+    assert run.machine.driver
+    assert run.machine.idle is not None
+    assert run.device_memory is not None
+    assert run.device_memory.interval_s < 0.1
+    assert run.device_memory.by_phase["train"] > 100 * 2**20  # more than CUDA's own
+    assert run.torch_peaks is not None
+    assert run.torch_peaks.allocated_bytes < run.device_memory.peak_bytes
+    assert run.host_memory is not None
+    assert run.quality is not None
+    (card,) = run.cards
+    assert card.temperature_c is not None or card.power_w is not None, "the driver tells nothing of this card"
+    if run.energy is not None:
+        assert run.energy.joules > 0

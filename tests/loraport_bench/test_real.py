@@ -29,8 +29,11 @@ VERIFIED = TESTS.parent / "docs" / "backends-verified" / "bench.json"
 NEEDED = ("LORAPORT_SIMPLETUNER_PYTHON", "LORAPORT_AI_TOOLKIT", "LORAPORT_AI_TOOLKIT_PYTHON")
 
 
-def bench(folder: Path, backends: list[str], environment: dict[str, str], *options: str) -> Results:
-    """The results of a bench on three photographs, two of them trained, and one that all LoRAs are scored on."""
+def bench(
+    folder: Path, backends: list[str], environment: dict[str, str], *options: str, cards: str | None = ""
+) -> Results:
+    """The results of a bench on three photographs, two of them trained, and one that all LoRAs are scored on. `cards`
+    are those that it may use, None for all."""
     from loraport_native.tiny import write_tiny
 
     (folder / "images").mkdir()
@@ -48,9 +51,10 @@ def bench(folder: Path, backends: list[str], environment: dict[str, str], *optio
     command = [sys.executable, "-m", "loraport.cli.main", "bench", str(folder / "spec.yaml"), "-o", str(folder / "out")]
     given = ["--backends", ",".join(backends), "--tiers", "matched", "--steps", str(STEPS), "--warm-up", "1"]
     given += ["--held-out", "1", "--checkpoints", "2"]
+    visible = {} if cards is None else {"CUDA_VISIBLE_DEVICES": cards}
     done = subprocess.run(
         [*command, *given, *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **visible, **environment},
         capture_output=True,
         text=True,
     )

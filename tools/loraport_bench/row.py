@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -366,7 +367,8 @@ def _shortened(value: Any, places: Mapping[str, str]) -> Any:
 
 
 def _versions(backend_name: str, made: Plan) -> dict[str, str]:
-    """Of LoraPort, and of Python and the libraries in the interpreter that the backend runs in."""
+    """Of LoraPort, of the trainer as its backend tells it (a checkout is no package), and of Python and libraries in
+    the interpreter that it runs in."""
     backend: Backend = plugins().backend(backend_name)
     recipe = getattr(backend, "environment", None)
     python = find_interpreter(backend_name, made.spec.backend.python)
@@ -384,4 +386,5 @@ def _versions(backend_name: str, made: Plan) -> dict[str, str]:
     )
     done = subprocess.run([python, "-I", "-c", code, *wanted], capture_output=True, text=True)
     found: dict[str, str] = json.loads(done.stdout) if done.returncode == 0 else {}
-    return {"loraport": own["loraport"], **found}
+    told = re.match(rf"{re.escape(backend_name)} (\d\S*)", backend.readiness(made.spec.backend.python).detail)
+    return {"loraport": own["loraport"], **({backend_name: told[1]} if told else {}), **found}

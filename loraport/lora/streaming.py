@@ -34,7 +34,7 @@ _CHUNK = 1 << 24  # bytes
 _WRITERS = 2  # while one writes, the other reads: the kernel lets one write to a file at a time
 _PIECE = 1 << 23  # bytes of an array on disk that one of them copies
 _MOST_WAITING = 1 << 25  # bytes that wait to be written
-_SYNCED = 1 << 27  # bytes that wait for the disk at most before it is asked to take them
+_SYNCED = 1 << 29  # bytes that wait for the disk before it is asked to take them; asking more often costs more
 _PAGE = 4096
 _MOST_SPACES = 100  # the least size of the data over that of unused room
 

@@ -50,7 +50,7 @@ def test_rows_are_measured_with_the_memory_of_the_whole_card(tmp_path: Path) -> 
 
 
 def test_a_trainer_on_a_card_is_watched_by_what_the_driver_tells(tmp_path: Path) -> None:
-    from test_real import bench as bench_trainers
+    from real_bench import bench as bench_trainers
 
     (run,) = bench_trainers(tmp_path, ["native"], {}, "--seeds", "0", "--profiles", "fp8", cards=None).runs
     assert run.status == "ok", run.failure

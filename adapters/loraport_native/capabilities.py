@@ -9,12 +9,11 @@ OPTIONS = {
     "device": "auto, cpu, mps, cuda or cuda:N",
     "deterministic": "true for equal bits on CUDA too, at a cost in speed; a CPU always gives them",
     "memory_limit_gib": "GiB of a CUDA card that torch may take at most, as if the card were smaller",
-    "tune_kernels": "true to compile longer for a faster step: the compiler tries variants of each kernel out",
     "ignore_memory_prediction": "true to start a run that is predicted not to fit the card",
 }
 
 
-_SWITCHES = ("deterministic", "tune_kernels", "ignore_memory_prediction")
+_SWITCHES = ("deterministic", "ignore_memory_prediction")
 _COMPUTE = {
     "model": "weights are unpacked to model.dtype for each product",
     "fp8": "products of 8-bit floats, forward and backward, of activations scaled as they come",
@@ -214,8 +213,6 @@ def _options(table: VerdictTable) -> None:
         table.refused("backend.options", reason=f"{' and '.join(wrong)}: true or false")
     elif not _is_positive(table.spec.backend.options.get("memory_limit_gib", 1)):
         table.refused("backend.options", reason="memory_limit_gib is a number above 0")
-    elif table.spec.backend.options.get("tune_kernels") and table.spec.memory.compile in (None, "none"):
-        table.refused("backend.options", reason="tune_kernels tunes what memory.compile compiles: set it to regional")
     elif table.spec.backend.options:
         table.exact("backend.options", reason="only this backend reads them: not portable")
     else:

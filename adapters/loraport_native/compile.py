@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,19 +15,16 @@ if TYPE_CHECKING:
 _COMPILATIONS = 64
 
 
-def compile_model(model: Ideogram4, blocks: nn.ModuleList, mode: str, tune: bool = False) -> None:
+def compile_model(model: Ideogram4, blocks: nn.ModuleList, mode: str) -> None:
     """Compile in place. "regional": each block; all share one compilation, which from the second size of image or text
     on holds for any size. "full": the whole model in one graph, which takes longer to compile. "none": nothing.
-
-    tune: also try launch parameters of each kernel out, step by step from the compiler's own guess.
     """
     if mode == "none":
         return
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _COMPILATIONS)
-    options: Any = {"coordinate_descent_tuning": True} if tune else None
     if mode == "regional":
         for block in blocks:
-            block.compile(options=options)
+            block.compile()
     else:
         # What trains and validates; `forward` is the pipeline's.
-        model.velocity = torch.compile(model.velocity, options=options)  # type: ignore[method-assign]
+        model.velocity = torch.compile(model.velocity)  # type: ignore[method-assign]

@@ -142,9 +142,7 @@ def make_trainer(spec: TrainSpec, run_dir: Path, emit: Callable[[Event], None], 
     model, stream = load_placed(checkpoint, spec.memory, dtype, device)
     model.drop_text_projection()
     adapter = inject(model, spec.lora, family.target_patterns(spec.lora.targets), derived_seed(spec.train.seed, "init"))
-    compile_model(
-        model, model.layers, spec.memory.compile or "none", bool(spec.backend.options.get("tune_kernels", False))
-    )
+    compile_model(model, model.layers, spec.memory.compile or "none")
     set_passes(model, spec.memory, stream)
     gc.collect()
     if device.type == "cuda":

@@ -48,12 +48,6 @@ def test_every_field_is_judged_in_order_and_the_usual_spec_is_done_exactly(make_
         ({"backend": {"options": {"device": "cpu"}}}, "backend.options", Kind.EXACT),
         ({"backend": {"options": {"deterministic": True}}}, "backend.options", Kind.EXACT),
         ({"backend": {"options": {"deterministic": "false"}}}, "backend.options", Kind.REFUSED),
-        (
-            {"backend": {"options": {"tune_kernels": True}}, "memory": {"compile": "full"}},
-            "backend.options",
-            Kind.EXACT,
-        ),
-        ({"backend": {"options": {"tune_kernels": True}}}, "backend.options", Kind.REFUSED),
         ({"backend": {"options": {"memory_limit_gib": 5.5}}}, "backend.options", Kind.EXACT),
         ({"backend": {"options": {"memory_limit_gib": 0}}}, "backend.options", Kind.REFUSED),
         ({"backend": {"options": {"memory_limit_gib": True}}}, "backend.options", Kind.REFUSED),

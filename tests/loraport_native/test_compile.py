@@ -22,7 +22,7 @@ from loraport_native.models.ideogram4 import Ideogram4
 def counting(monkeypatch: pytest.MonkeyPatch, backend: str) -> CompileCounterWithBackend:
     """Counts compilations, which `backend` does."""
     found, compile_it = CompileCounterWithBackend(backend), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, options: compile_it(function, backend=found))
+    monkeypatch.setattr(torch, "compile", lambda function: compile_it(function, backend=found))
     torch._dynamo.reset()
     return found
 
@@ -103,16 +103,3 @@ def test_batches_padded_in_new_ways_are_compiled_a_few_times_and_no_more(
     # Where padding begins is a number like any other; which sample has none is other code.
     assert counts[4] <= 8
     assert counts[5:] == counts[4:5] * 2
-
-
-@pytest.mark.parametrize("mode", ["regional", "full"])
-@pytest.mark.parametrize(("tune", "options"), [(True, {"coordinate_descent_tuning": True}), (False, None)])
-def test_kernels_are_tuned_when_that_is_asked_for(
-    tiny_official: Path, monkeypatch: pytest.MonkeyPatch, mode: str, tune: bool, options: dict[str, bool] | None
-) -> None:
-    asked: list[dict[str, bool] | None] = []
-    monkeypatch.setattr(torch, "compile", lambda function, options: asked.append(options))
-    model, _ = model_with(tiny_official)
-    compile_model(model, model.layers, mode, tune)
-    assert asked == [options] * (len(model.layers) if mode == "regional" else 1)
-    torch._inductor.compile_fx.config.patch(options or {})  # a name that the compiler does not know is an error here

@@ -98,8 +98,6 @@ def spec_of(row: Row, bench: Bench, held: Held | None = None) -> dict[str, Any]:
     """The spec of a row. Each image comes once for each of a batch, so that every batch is whole."""
     steps = bench.warm_up + bench.steps
     data = make_dataset(bench.images, bench.work, row.resolution, row.text, bench.checkpoint)
-    options = {"memory_limit_gib": row.limit_gib, "tune_kernels": row.tune or None}
-    options = {name: value for name, value in options.items() if value is not None}
     return {
         "version": 1,
         "name": row.name,
@@ -116,7 +114,7 @@ def spec_of(row: Row, bench: Bench, held: Held | None = None) -> dict[str, Any]:
         "memory": row.memory,
         "save": {"every": 0 if held else max(1, steps // 2), "keep": 1},
         "validation": {"every": steps if held else 0, "images": 2},
-        "backend": {"options": options},
+        "backend": {"options": {"memory_limit_gib": row.limit_gib} if row.limit_gib else {}},
     }
 
 

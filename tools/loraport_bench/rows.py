@@ -36,7 +36,6 @@ class Row:
     optimizer: str = "adamw8bit"
     gpus: int = 1
     limit_gib: float | None = None  #: of the card that the process may take
-    tune: bool = False  #: `backend.options.tune_kernels`
     stock: Stock | None = None  #: the recipe of its kind
     bar: Bar = field(default_factory=Bar)
 
@@ -69,14 +68,6 @@ _DYNAMIC = "fp8-dynamic-checkpointing"
 
 ROWS = (
     Row("bf16", _memory("none", False), optimizer="adamw", stock="bf16", bar=Bar(seconds=0.38, ratio=2.7)),
-    Row(
-        "bf16-tuned",
-        _memory("none", False),
-        optimizer="adamw",
-        tune=True,
-        stock="bf16",
-        bar=Bar(seconds=0.38, ratio=2.7),
-    ),
     Row("fp8-dynamic", _memory("fp8-dynamic", False), optimizer="adamw", stock="fp8", bar=Bar(seconds=0.30, ratio=3.4)),
     Row(_DYNAMIC, _memory("fp8-dynamic", True), stock="fp8", bar=Bar(seconds=0.40, ratio=2.7, gib=11.5)),
     Row("fp8-dynamic-streamed", _memory("fp8-dynamic", True, "group"), bar=Bar(of=_DYNAMIC, times=1.08, gib=4.0)),

@@ -155,6 +155,4 @@ def _settings(row: Row | StockRow, bench: Bench) -> dict[str, Any]:
     if isinstance(row, StockRow):
         return {"recipe": f"diffusers {row.kind}", **common}
     more = {"optimizer": row.optimizer, "gpus": row.gpus, "limit_gib": row.limit_gib, "memory": row.memory}
-    if row.tune:
-        more["tune_kernels"] = True
     return {**common, "checkpoint": bench.checkpoint.name, **more}

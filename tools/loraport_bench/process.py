@@ -22,6 +22,8 @@ from loraport_bench.sampling import Samples, TreeSampler
 
 _PATIENCE = 20.0  # seconds that a process and its children get to end, each time they are told to
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+#: Looked up beforehand: between fork and exec another thread's hold on the loader would last for ever.
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -210,4 +212,5 @@ def stops_raise() -> Iterator[None]:
 
 def dies_with_us() -> None:
     """Runs in the child: SIGTERM, on which a run stops with a checkpoint, when this process is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    assert _prctl is not None
+    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)

@@ -75,6 +75,20 @@ def test_a_trainer_that_cannot_do_a_needed_field_has_no_place_in_the_matched_tie
     assert make(contents["ai-toolkit"], "ai-toolkit", Path("/run")).refused()  # nf4
 
 
+def test_what_a_set_says_of_its_images_must_be_exact_too_and_how_its_captions_are_written_need_not() -> None:
+    sets = [{"path": "/a"}, {"path": "/b", "caption_ext": "json", "resolution": 768, "repeats": 2, "loss_weight": 0.5}]
+    given = settings(dataset={"sets": sets, "resolution": 1024})
+    contents, _ = matched(given, STAGED, "spec", 1)
+    assert [one["path"] for one in contents["native"]["dataset"]["sets"]] == [
+        "/bench/data/images/set-0",
+        "/bench/data/images/set-1",
+    ]
+    reasons = {name: why_not_matched(make(contents[name], name, Path("/run"))) for name in ALL}
+    assert reasons["native"] is None
+    assert "dataset.sets[1].loss_weight = 0.5" in (reasons["simpletuner"] or "")
+    assert all("caption_ext" not in (reason or "") for reason in reasons.values())
+
+
 def test_a_spec_that_all_do_exactly_is_left_as_it_is() -> None:
     contents, changed = matched(settings(["native"], memory={"gradient_checkpointing": "none"}), STAGED, "spec", 1)
     spec = make(contents["native"], "native", Path("/run")).spec

@@ -30,6 +30,18 @@ MATCHED = (
     *("memory.storage", "memory.compute", "memory.offload", "memory.compile", "memory.gradient_checkpointing"),
 )
 
+#: The same of what a set of images says itself.
+MATCHED_OF_SETS = (
+    "path",
+    "resolution",
+    "repeats",
+    "weight",
+    "flip",
+    "caption_dropout",
+    "regularization",
+    "loss_weight",
+)
+
 #: The values that every trainer is likely to share; taken where one of them does not do the spec's own.
 COMMON: dict[str, Any] = {
     "train.max_grad_norm": 0.0,
@@ -143,7 +155,8 @@ def make(content: Mapping[str, Any], backend: str, out: Path) -> Plan:
 
 def why_not_matched(made: Plan) -> str | None:
     """Why this plan has no place in the matched tier; None when it does all of MATCHED exactly."""
-    needed = {*MATCHED, *set_fields(made.spec), *(["lora.factor"] if made.spec.lora.type == "lokr" else [])}
+    of_sets = [path for path in set_fields(made.spec) if path.rpartition(".")[2] in MATCHED_OF_SETS]
+    needed = {*MATCHED, *of_sets, *(["lora.factor"] if made.spec.lora.type == "lokr" else [])}
     bad = [verdict for verdict in made.not_exact() if verdict.path in needed]
     if not bad:
         return None

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from loraport.errors import DataError, LoraPortError
+from loraport.lora import storage
 from loraport.lora.proof import prove
 from loraport.lora.storage import read_tensors
 from loraport.plugins import plugins
@@ -67,6 +68,7 @@ def no_hang():
     st.sets(st.sampled_from(FAULTS), max_size=3),
     st.sampled_from([None, "bf16", "fp16"]),
     st.sampled_from([None, None, None, "kohya", "diffusers", "peft", "ai-toolkit"]),
+    st.booleans(),
 )
 @settings(
     max_examples=INPUTS,
@@ -75,9 +77,14 @@ def no_hang():
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-def test_a_file_is_converted_whole_or_refused_with_a_reason(folder, dialects, outcome, seed, faults, dtype, to):
+def test_a_file_is_converted_whole_or_refused_with_a_reason(
+    folder, dialects, outcome, monkeypatch, seed, faults, dtype, to, by_rows
+):
     source, out = folder / "in.safetensors", folder / "out.safetensors"
     source.write_bytes(file_of(seed, faults))
+    monkeypatch.setattr(
+        storage, "_LARGE", 0 if by_rows else 1 << 16
+    )  # as tensors of real size are read, or all at once
     signal.alarm(SECONDS)
     outcome["inputs"] += 1
     with contextlib.suppress(DataError):

@@ -79,15 +79,10 @@ def memory_of(row: Mapping[str, Any], profiles: Mapping[tuple[str, str], Profile
 
 
 def copied(file: Path, profiles: Mapping[tuple[str, str], Profile]) -> list[Measurement]:
-    """The rows of a data file that tell of speed and memory as people train: no held-out losses over seeds, no
-    deterministic algorithms, and no kernels that were tuned besides."""
+    """The rows of a data file that tell of speed and memory as people train: no held-out losses over seeds, and no
+    deterministic algorithms."""
     rows = [row for row in native_rows(file) if row.get("seed") is None]
-    return [measurement(row, file.name, profiles) for row in rows if not _is_special(row)]
-
-
-def _is_special(row: Mapping[str, Any]) -> bool:
-    options = row.get("options", {}) | row.get("settings", {})
-    return bool(options.get("deterministic") or options.get("tune_kernels"))
+    return [measurement(row, file.name, profiles) for row in rows if not row.get("options", {}).get("deterministic")]
 
 
 def main() -> None:

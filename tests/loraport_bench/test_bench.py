@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from loraport.spec.yaml_text import dump_yaml, parse_yaml
+from loraport_bench.bench import shortened_command
 from loraport_bench.records import Results, Run
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
@@ -264,6 +266,15 @@ def test_another_spec_or_other_settings_are_refused_by_name_and_nothing_is_lost(
     assert code == 3
     assert "the spec's lora.rank" in said
     assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_the_recorded_command_tells_no_place_of_the_machine() -> None:
+    given = ["bench", "/data/my specs/a.yaml", "-o", "/data/out", "--set", "model.checkpoint=/models/x", "rel/b.yaml"]
+    told = shortened_command([*given, "--for", "a:dataset.path=c/d"], Path("/data/out"))
+    assert shlex.split(told) == [
+        *("loraport", "bench", "…/a.yaml", "-o", "<bench>", "--set", "model.checkpoint=…/x", "rel/b.yaml"),
+        *("--for", "a:dataset.path=c/d"),
+    ]
 
 
 def test_a_dry_run_writes_nothing_and_tells_refusals_before_anything_is_started(bench: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import re
 import shlex
 import shutil
 import time
@@ -254,8 +255,10 @@ def summary(run: r.Run) -> str:
 
 def shortened_command(arguments: list[str], folder: Path) -> str:
     """The command for the record: places of this machine shortened."""
-    text = shlex.join(arguments).replace(str(folder), "<bench>").replace(str(Path.home()), "<home>")
-    return f"loraport {text}"
+    short = [each.replace(str(folder), "<bench>").replace(str(Path.home()), "<home>") for each in arguments]
+    # Of any other absolute path its name: `/data/a.yaml`, and what `--set FIELD=` gives a field.
+    short = [re.sub(r"(?:^|(?<==))/(?:[^/]*/)*([^/]+)/?$", r"…/\1", each) for each in short]
+    return f"loraport {shlex.join(short)}"
 
 
 def _without_paths(given: dict[str, Any]) -> dict[str, Any]:

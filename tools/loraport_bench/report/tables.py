@@ -237,11 +237,12 @@ def protocol(results: Results) -> list[tuple[str, str]]:
 
 def _protocol(told: Protocol, spec_sha256: str, command: str) -> list[tuple[str, str]]:
     seeds = ", ".join(map(str, told.seeds))
+    repeats = "1 repeat" if told.repeats == 1 else f"{told.repeats} repeats"
     sizes = " or ".join(map(str, told.images_a_step))
     sets, most = (f" in {told.sets} sets", "most ") if told.sets > 1 else ("", "")
     batch = "1 image" if told.images_a_step == [1] else f"{sizes} images"
     return [
-        ("Order", f"{told.repeats} repeats, forwards and backwards in turn: {', '.join(told.backends)}; seeds {seeds}"),
+        ("Order", f"{repeats}, forwards and backwards in turn: {', '.join(told.backends)}; seeds {seeds}"),
         (
             "Steps",
             f"{told.steps:,} optimizer steps a run, of {batch} each, of which the first {told.warm_up} are not timed",

@@ -72,7 +72,9 @@ class Steps:
                 yield from self._only_on_bar(step)
                 seconds = time - self._last_time if self._last_time is not None and step == self._told + 1 else None
                 self._last_time = time
-                yield self._tell(step, values.get("loss/loss"), values.get("learning_rate"), seconds)
+                told = self._tell(step, values.get("loss/loss"), values.get("learning_rate"), seconds)
+                # When it was done, not when it was read: the database is written now and then, and looked at so too.
+                yield told.model_copy(update={"time": time})
             if "val/loss" in values and step > self._validated:
                 self._validated = step
                 yield Validation(step=step, loss=values["val/loss"])

@@ -49,6 +49,7 @@ def test_steps_come_from_the_database_and_the_first_from_the_bar(tmp_path: Path)
         (3, 1.5, 2e-4, 4.0),
     ]
     assert told[2].images_per_second == 0.5
+    assert [one.time for one in told[1:]] == [101.0, 105.0]  # when they were done, however late they are read
     assert list(steps.new(last=True)) == []
 
 

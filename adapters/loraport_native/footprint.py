@@ -195,7 +195,7 @@ class Run:
         # In float32 the gradients of the live factors are those that are summed.
         waiting = summed if self.masters and self.spec.train.gradient_accumulation > 1 else 0
         block, work = self._kept(), self._work(checkpointing)
-        each = {"none": block, "selective": 2 * self._state(), "full": self._state()}[checkpointing]
+        each = {"none": block + self._kept_wide(), "selective": 2 * self._state(), "full": self._state()}[checkpointing]
         on_device = min(blocks, 2) if self.spec.memory.offload == "group+activations" else blocks
         if checkpointing != "none":
             on_device -= 1  # the last block is never recomputed
@@ -284,6 +284,14 @@ class Run:
         if self.spec.lora.dora:  # widened to float32, and from that to what it is computed in
             return largest * (4 + self.number)
         return largest * (WIDENED[self.compiled] * self.number if memory.compute == "model" else 1)
+
+    def _kept_wide(self) -> float:
+        """Bytes of a block's weights as they were unpacked: a compiled forward pass keeps them for the backward pass,
+        which has the same use for them, where nothing is recomputed."""
+        memory = self.spec.memory
+        if not self.compiled or memory.storage == "none" or memory.compute != "model":
+            return 0.0
+        return sum(outputs * inputs for outputs, inputs in self.dimensions.block_linears.values()) * self.number
 
     def _upwards(self) -> float:
         """Bytes of the blocks that the forward pass has on the device besides `SLOTS` (`stream.slots_upwards`)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from datetime import date
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,7 @@ def measure(name: str, backend: SDPBackend) -> None:
         attended = forward()
         back = lambda: torch.autograd.grad(attended, (query, key, value), upstream, retain_graph=True)  # noqa: B023, E731
         row = {
+            "date": date.today().isoformat(),
             "card": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "cudnn": torch.backends.cudnn.version(),

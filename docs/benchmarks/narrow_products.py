@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import date
 
 import torch
+import triton
 
 from loraport_native.add_product_kernel import launch
 
@@ -33,7 +35,8 @@ def microseconds(action: Callable[[], object], repeats: int = 20) -> float:
 for columns in (4608, 12288, 13824):
     shapes = ((TOKENS, columns), (TOKENS, RANK), (columns, RANK))
     total, left, up = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
-    row = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "columns": columns}
+    row = {"date": date.today().isoformat(), "card": torch.cuda.get_device_name(), "torch": torch.__version__}
+    row |= {"triton": triton.__version__, "columns": columns}
     row["cublas_us"] = microseconds(lambda: total.addmm_(left, up.t()))  # noqa: B023
     row["kernel_us"] = microseconds(lambda: launch(total, left, up.t()))  # noqa: B023
     print(json.dumps(row))

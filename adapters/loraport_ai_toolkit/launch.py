@@ -247,6 +247,8 @@ class _Session:
         print(line, flush=True)
         self._lines.append(line)
         self._steps.read_bar(line)
+        if line.startswith("Saved "):
+            self._steps.paused(time.time())
         for event in self._reader.read(line):
             _emit(event)
         if self._stops and line.startswith("Saved checkpoint to") and not self._asked_to_end:
@@ -285,6 +287,7 @@ class _Session:
         for path in self._sample_files():
             if path not in self._samples:
                 self._samples.add(path)
+                self._steps.paused(path.stat().st_mtime)
                 parts = path.stem.split("_")
                 step = next((int(part) for part in parts[1:] if len(part) >= 9 and part.isdigit()), self._steps.done)
                 _emit(Sample(step=step, path=str(path.relative_to(self._run_dir))))

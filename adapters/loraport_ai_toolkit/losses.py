@@ -33,10 +33,15 @@ class Steps:
         self._bar: tuple[int, str, str] | None = None
         self._nan = False
         self._validated = -1
+        self._pauses: list[float] = []
 
     def begin(self, step: int) -> None:
         """The session goes on after `step`."""
         self.done = self._told = step
+
+    def paused(self, moment: float) -> None:
+        """Between two steps it did something else (a save, a sample), which was seen to end at this moment."""
+        self._pauses.append(moment)
 
     def read_bar(self, line: str) -> None:
         """Take in a line of the progress bar; others are passed over."""
@@ -70,7 +75,9 @@ class Steps:
         for step, values, time in self._rows():
             if step > self._told:
                 yield from self._only_on_bar(step)
-                seconds = time - self._last_time if self._last_time is not None and step == self._told + 1 else None
+                before = self._last_time if step == self._told + 1 else None
+                paused = any(before is not None and before <= moment <= time for moment in self._pauses)
+                seconds = time - before if before is not None and not paused else None
                 self._last_time = time
                 told = self._tell(step, values.get("loss/loss"), values.get("learning_rate"), seconds)
                 # When it was done, not when it was read: the database is written now and then, and looked at so too.

@@ -50,6 +50,9 @@ def test_steps_come_from_the_database_and_the_first_from_the_bar(tmp_path: Path)
     ]
     assert told[2].images_per_second == 0.5
     assert [one.time for one in told[1:]] == [101.0, 105.0]  # when they were done, however late they are read
+    steps.paused(106.0)
+    log(database, [(3, "loss/loss", 1.5, 107.0), (4, "loss/loss", 1.5, 109.0)])
+    assert [one.seconds for one in steps.new() if isinstance(one, Step)] == [None, 2.0]  # the first one's holds a save
     assert list(steps.new(last=True)) == []
 
 

@@ -158,6 +158,24 @@ def test_what_leads_is_said_with_whether_it_is_beyond_the_spread() -> None:
     assert "are level" in groups(changed(example(), runs=twins))[0].headlines()[0]
 
 
+def test_a_clock_that_is_too_coarse_for_the_steps_breaks_no_report() -> None:
+    none = {"median": 0.0, "p10": 0.0, "p90": 0.0, "mean": 0.0}
+    runs = [
+        run.model_copy(
+            update={
+                "steps": run.steps.model_copy(
+                    update={"seconds": run.steps.seconds.model_copy(update=none), "each": [0.0]}
+                )
+            }
+        )
+        for run in example().runs
+        if run.steps and run.backend == "native"
+    ]
+    results = changed(example(), runs=[*runs, *(run for run in example().runs if run.backend != "native")])
+    assert "native and simpletuner are level, at 0.00 s" in markdown(results)
+    assert page(results)
+
+
 def test_memory_of_the_whole_card_is_marked_and_what_was_not_measured_is_no_zero() -> None:
     runs = [
         run.model_copy(update={"device_memory": run.device_memory.model_copy(update={"scope": "device"})})

@@ -143,6 +143,15 @@ def test_other_work_for_one_trainer_is_refused_in_the_matched_tier_and_taken_in_
     assert best_effort(given, STAGED, "spec", 1, "native")["train"]["learning_rate"] == 1e-4
 
 
+def test_a_trainer_may_be_given_a_checkpoint_of_its_own_in_best_effort_alone() -> None:
+    given = settings(["native", "diffsynth"], changes={"diffsynth": ["model.checkpoint=/models/bf16"]})
+    other = best_effort(given, STAGED, "fp8", 1, "diffsynth")
+    assert other["model"]["checkpoint"] == "/models/bf16"
+    assert best_effort(given, STAGED, "fp8", 1, "native")["model"]["checkpoint"] == STAGED.checkpoint
+    with pytest.raises(SpecError, match=r"model\.checkpoint is '/models/bf16' for diffsynth"):
+        matched(given, STAGED, "fp8", 1)
+
+
 def test_a_wrong_change_for_one_trainer_is_told_by_its_path() -> None:
     with pytest.raises(SpecError, match=r"the spec for diffsynth is not a valid spec:\n  lora\.rnk"):
         matched(settings(changes={"diffsynth": ["lora.rnk=3"]}), STAGED, "spec", 1)

@@ -108,3 +108,21 @@ def test_the_loss_curve_is_over_images_and_over_time_of_training() -> None:
 def test_a_long_list_is_thinned_with_its_ends_kept() -> None:
     assert thinned(range(10), 4) == [0, 3, 6, 9]
     assert thinned(range(3), 4) == [0, 1, 2]
+
+
+def test_steps_that_are_told_late_count_from_when_they_were_done() -> None:
+    told = sort_out(
+        [
+            events.PhaseStarted(phase="train", time=101),
+            step(1, 104.2, seconds=None),  # read from a bar, after the second was done
+            step(2, 104, seconds=None),
+            step(3, 106, seconds=2),
+            events.PhaseStarted(phase="save", time=108.5),
+            events.PhaseStarted(phase="train", time=109),
+            step(4, 108, seconds=2, total=4),
+        ],
+        100,
+        110,
+    )
+    assert told.gaps == {3: 2}
+    assert told.phases() == {"start": 1, "train": 7, "save": 2}

@@ -78,7 +78,8 @@ def content_of(settings: Settings, staged: Staged, backend: str, seed: int, batc
     spec = build_spec(given, settings.changes.get(backend), base=Path.cwd(), origin=f"the spec for {backend}").spec
     content = spec.model_dump(mode="json")
     content["backend"]["name"] = backend
-    content["model"]["checkpoint"] = staged.checkpoint
+    if spec.model.checkpoint == given["model"]["checkpoint"]:  # not one that is for this backend alone
+        content["model"]["checkpoint"] = staged.checkpoint
     content["dataset"] |= staged_dataset(spec, staged.trained)
     steps, kept = settings.steps, settings.checkpoints
     every = -(-steps // kept) if kept else 0

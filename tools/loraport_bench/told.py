@@ -118,8 +118,9 @@ def sort_out(told: Iterable[Event], began: float, ended: float) -> Told:
                     continue
                 if phase != "train":
                     switch("train", max(since, event.time - (event.seconds or 0.0)))
-                if before is not None:
-                    found.gaps[event.step] = max(0.0, event.time - before)
+                # A step may be told with another clock than the one before it, which some trainers tell late.
+                if before is not None and event.time > before:
+                    found.gaps[event.step] = event.time - before
                 before = event.time
                 found.steps.append(event)
             case events.Checkpoint():
@@ -151,6 +152,8 @@ def _end_training(found: Told) -> None:
         if name == "train" and start <= last < end:
             spans += [("train", start, last)] if start < last else []
             spans.append(("save", last, end))
+        elif name == "train" and start > last:
+            spans.append(("save", start, end))
         else:
             spans.append((name, start, end))
     found.spans = spans

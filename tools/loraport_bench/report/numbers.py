@@ -173,7 +173,7 @@ def _lead(
 
 
 def _speed(first: str, lead: Numbers, second: str, behind: Numbers) -> str:
-    if not lead.apart_from(behind):
+    if not lead.apart_from(behind) or not lead.median:
         return f"Speed: {first} and {second} are level, at {seconds(lead.median)} and {seconds(behind.median)} a step."
     times = f"{behind.median / lead.median:.2f} times as long"
     return f"Speed: {first} is first at {seconds(lead.median)} a step; {second}, the next, takes {times}."

@@ -202,6 +202,8 @@ def test_each_row_tells_the_held_out_loss_of_its_quantisation_once_some_were_mea
         "*stock-nf4*": "–",
     }
     assert {len(line) for line in lines.values()} == {len(table.step_head(file))}
+    file.append({"row": "quality-int8", "seed": 1, "status": "ok", "held_out": {"start": 1.0, "end": 0.61}})
+    assert "+0.01000 (one seed)" in [line[-1] for line in table.step_cells(file)]
 
 
 def test_a_page_gets_its_tables_from_the_file_between_the_markers(data: DataFile, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def _apart(row: Row, file: DataFile) -> str:
     """How far a row's held-out losses are from those of the first of QUALITY_ROWS at the same seeds."""
     reference, ends = _ends(file, QUALITY_ROWS[0].name), _ends(file, row.name)
     apart = [ends[seed] - reference[seed] for seed in ends if seed in reference]
-    return _mean(apart, sign="+") if apart else "–"
+    return _mean(apart, sign="+") + (" (one seed)" if len(apart) == 1 else "") if apart else "–"
 
 
 def quality_cells(file: DataFile) -> list[list[str]]:

@@ -85,7 +85,8 @@ def test_resolving_twice_changes_nothing() -> None:
         ({"profile": "12g"}, "memory.profile: '12g' is not known. Did you mean '12gb'? Choices: 12gb, 16gb"),
         (
             {"quantize": "nf3"},
-            "memory.quantize: 'nf3' is not known. Did you mean 'nf4'? Choices: fp8, fp8-dynamic, int8, int8-dynamic, nf4, none",
+            "memory.quantize: 'nf3' is not known. Did you mean 'nf4'? "
+            "Choices: fp8, fp8-dynamic, int8, int8-dynamic, nf4, none",
         ),
         ({"offload": "floppy"}, "memory.offload: 'floppy' is not known."),
         ({"compile": "region"}, "memory.compile: 'region' is not known. Did you mean 'regional'?"),

@@ -60,7 +60,7 @@ def wait_until_idle(cards: int, patience: float, insist: bool = True) -> Idle | 
         while handles:
             seen = [_seen(handle, time.monotonic() - started) for handle in handles]
             busiest = max(seen, key=lambda one: (one.utilisation_percent or 0, one.used_bytes or 0))
-            if all(_is_idle(one) for one in seen):
+            if all(is_idle(one) for one in seen):
                 return busiest
             if time.monotonic() - started >= patience:
                 if not insist:
@@ -142,7 +142,8 @@ def _told(seen: Idle) -> str:
     return ", ".join(parts)
 
 
-def _is_idle(seen: Idle) -> bool:
+def is_idle(seen: Idle) -> bool:
+    """Whether nothing uses a card: what it does not tell counts for nothing."""
     used, busy = seen.used_bytes or 0, seen.utilisation_percent or 0
     return used < IDLE_BYTES and busy < IDLE_PERCENT and not seen.processes
 

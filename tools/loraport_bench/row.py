@@ -23,7 +23,7 @@ from loraport.planning import Plan
 from loraport.plugins import plugins
 from loraport.run.record import read_events
 from loraport_bench import records as r
-from loraport_bench.idle import machine, wait_until_idle
+from loraport_bench.idle import is_idle, machine, wait_until_idle
 from loraport_bench.nvml import visible_cards
 from loraport_bench.outputs import keep_checkpoints, trained_parameters
 from loraport_bench.process import Ended, own_environment, run_watched
@@ -150,7 +150,7 @@ def _trained(job: Job, made: Plan, machinery: Machinery, folder: Path) -> r.Run:
         told = sort_out(_events(run_dir), ended.began, ended.ended)
         failure = _failure(ended, told, folder / "output.txt", settings.time_limit_s)
         notes = [f"The trainer warned: {text}" for text in dict.fromkeys(told.warnings)]
-        if idle is not None and machinery.busy and (idle.processes or (idle.utilisation_percent or 0) > 0):
+        if idle is not None and not is_idle(idle):
             notes.append("The card was in use by others when this began.")
         lora = run_dir / f"{made.spec.name}.safetensors"
         if failure is None:

@@ -170,3 +170,13 @@ def test_an_oft_for_kohya_comes_back_the_same(tmp_path):
     lora = dialects["kohya"].read(path)
     dialects["kohya"].write(lora, tmp_path / "y.safetensors", None, {})
     assert read_tensors(path)[key].tobytes() == read_tensors(tmp_path / "y.safetensors")[key].tobytes()
+
+
+@pytest.mark.parametrize("target", ["peft", "diffusers"])
+@pytest.mark.parametrize(("end", "array"), [("set_weight", random(3 * H, H)), ("oft_blocks", random(12, 4, 4))])
+def test_what_is_kept_as_a_whole_is_refused_where_the_layout_has_the_module_in_parts(tmp_path, target, end, array):
+    dialects, path = plugins().dialects(), tmp_path / "x.safetensors"
+    write_tensors(path, {f"diffusion_model.double_blocks.0.img_attn.qkv.{end}": array}, {})
+    lora = dialects["comfyui"].read(path)
+    with pytest.raises(DataError, match=r"img_attn\.qkv is a .*kept as a whole"):
+        dialects[target].write(lora, tmp_path / "y.safetensors", None, {})

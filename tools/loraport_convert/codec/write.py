@@ -213,7 +213,13 @@ def _split(module: LoraModule, family: ModuleMap) -> Iterator[LoraModule]:
     ranges = None if spans is None else cuts(spans, module.factors.shape[0])
     if spans is None or ranges is None:
         raise NotExact(f"LoRA module {module.name}: diffusers' {family.name} has no such module.", module=module.name)
-    if isinstance(module.factors, Verbatim) and len({span.module for span in spans}) == len(spans) == 1:
+    if isinstance(module.factors, Verbatim):
+        if len(spans) > 1:
+            raise NotExact(
+                f"LoRA module {module.name} is a {module.factors.algorithm}, which is kept as a whole; diffusers' "
+                f"{family.name} has that module in parts.",
+                module=module.name,
+            )
         yield replace(module, name=spans[0].module)
         return
     targets: dict[str, tuple[list[Part], list[tuple[int, int, int]], int]] = {}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loraport_native.add_product import add_product_
 
-SIZES = [(1, 1, 1), (5, 300, 4), (300, 448, 32), (129, 257, 33), (64, 128, 64), (200, 96, 128)]
+SIZES = [(1, 1, 1), (5, 300, 4), (130, 260, 17), (300, 448, 32), (129, 257, 33), (64, 128, 64), (200, 96, 128)]
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no card")]),

@@ -143,11 +143,12 @@ def _dataset(table: VerdictTable) -> None:
             reason="sizes are chosen by area first and shape second, so a size may differ by 16 pixels from native's",
         )
     else:
-        table.approximated("dataset.aspect_buckets", reason="cropped to squares; smaller images are enlarged")
-    if dataset.upscale:
+        table.exact("dataset.aspect_buckets", reason="square_crop, around the centre")
+    if dataset.upscale != dataset.aspect_buckets:
+        kept = "small images keep their size" if dataset.aspect_buckets else "squares are always filled"
+        table.exact("dataset.upscale", reason=kept)
+    elif dataset.upscale:
         table.ignored("dataset.upscale", reason="with aspect buckets a small image is never enlarged")
-    elif dataset.aspect_buckets:
-        table.exact("dataset.upscale", reason="small images keep their size")
     else:
         table.ignored("dataset.upscale", reason="squares are always filled, so small images are enlarged")
     table.exact("dataset.flip", reason="mirrored copies are trained beside the originals")

@@ -94,7 +94,9 @@ def test_a_spec_that_all_do_exactly_is_left_as_it_is() -> None:
     spec = make(contents["native"], "native", Path("/run")).spec
     assert (spec.train.max_grad_norm, spec.dataset.caption_dropout, spec.train.lr_scheduler) == (1.0, 0.1, "cosine")
     assert spec.memory.gradient_checkpointing == "none"
-    assert set(changed) == {"dataset.path", "dataset.trigger_word", "validation.every", "sample.every", "save.every"}
+    assert set(changed) == {
+        *("dataset.path", "dataset.upscale", "dataset.trigger_word", "validation.every", "sample.every", "save.every"),
+    }
 
 
 def test_best_effort_is_what_the_cards_profile_recommends_as_far_as_each_trainer_goes(

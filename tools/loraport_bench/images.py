@@ -119,7 +119,8 @@ def _checkpoint(spec: TrainSpec, folder: Path) -> str:
 def _write(items: Iterable[Item], one: ImageSet, dataset: DatasetSection, family: Family, folder: Path) -> None:
     folder.mkdir(parents=True)
     for number, item in enumerate(items, start=1):
-        size = bucket_for(item.size, one.resolution, family.side_multiple, dataset.upscale, dataset.aspect_buckets)
+        # Trainers differ in what they do with small images, whatever the spec says: here none is left small.
+        size = bucket_for(item.size, one.resolution, family.side_multiple, True, dataset.aspect_buckets)
         target = folder / f"{number:05d}.png"
         fit(load_image(item), size).save(target, compress_level=1)
         target.with_suffix(f".{caption_ext(one)}").write_text(item.caption, encoding="utf-8")

@@ -60,6 +60,7 @@ COMMON: dict[str, Any] = {
 #: What measuring asks of a spec, whatever it says.
 MEASURED = {
     "dataset.path": "the staged images, at their final size",
+    "dataset.upscale": "true: small images are enlarged while they are staged, since not every trainer leaves them small",
     "dataset.trigger_word": "none: it is in the staged captions",
     "validation.every": "0: the held-out images are scored after the run, by one evaluator for all",
     "sample.every": "0: nothing is drawn",
@@ -80,7 +81,7 @@ def content_of(settings: Settings, staged: Staged, backend: str, seed: int, batc
     content["backend"]["name"] = backend
     if spec.model.checkpoint == given["model"]["checkpoint"]:  # not one that is for this backend alone
         content["model"]["checkpoint"] = staged.checkpoint
-    content["dataset"] |= staged_dataset(spec, staged.trained)
+    content["dataset"] |= {**staged_dataset(spec, staged.trained), "upscale": True}
     steps, kept = settings.steps, settings.checkpoints
     every = -(-steps // kept) if kept else 0
     content["train"] |= {"steps": steps, "seed": seed}
@@ -175,7 +176,8 @@ def inequalities(plans: Mapping[str, Plan]) -> list[Inequality]:
     for path in dict.fromkeys(verdict.path for made in plans.values() for verdict in made.verdicts):
         verdicts = {name: verdict for name, made in plans.items() for verdict in made.verdicts if verdict.path == path}
         values = {repr(verdict.value) for verdict in verdicts.values()}
-        if path.startswith("backend.") or not verdicts:
+        # No staged image is to be enlarged, whatever is said of those that are.
+        if path.startswith("backend.") or path == "dataset.upscale" or not verdicts:
             continue
         if len(values) > 1 or any(verdict.kind is not Kind.EXACT for verdict in verdicts.values()):
             told = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_example import example
 
 from loraport.errors import DataError, SpecError
 from loraport.footprint import Footprint, Forecast, Phase
@@ -18,6 +19,7 @@ from loraport_bench import measure, table
 from loraport_bench.floor import Dimensions, floor_gib, floor_seconds, tokens
 from loraport_bench.measure import Bench, Held, spec_of, spread, summarise
 from loraport_bench.monitor import DeviceMonitor
+from loraport_bench.report.numbers import groups
 from loraport_bench.results import DataFile
 from loraport_bench.rows import QUALITY_ROWS, ROWS, Bar, Row
 
@@ -218,6 +220,12 @@ def test_a_page_gets_its_tables_from_the_file_between_the_markers(data: DataFile
     assert brief[0] == "<!-- bench: rows.jsonl short -->"
     assert brief[1] == "| profile | s/step | × stock | peak GiB |"
     assert all(line.count("|") == 5 for line in brief[1:-1])
+    (tmp_path / "trainers").mkdir()
+    example().write(tmp_path / "trainers" / "results.json")
+    page.write_text("<!-- bench: trainers/results.json -->\n<!-- /bench -->\n")
+    trainers = table.fill(page)
+    assert "**Matched, fp8**\n\n| backend | s a step |" in trainers
+    assert trainers.count("**") == 2 * len(groups(example()))
     page.write_text("<!-- bench: gone.jsonl -->\n<!-- /bench -->\n")
     with pytest.raises(DataError, match=r"gone\.jsonl"):
         table.fill(page)

@@ -103,7 +103,10 @@ def step(
 
 @app.command()
 def table(
-    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Data file of `loraport bench step`.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Data file of `loraport bench step`, or the results.json of a bench."),
+    ] = None,
     into: Annotated[
         Path | None, typer.Option(help="Page whose tables, between its markers, are made anew from their files.")
     ] = None,
@@ -114,8 +117,7 @@ def table(
     """
     from loraport.errors import SpecError
     from loraport.files import write_atomic
-    from loraport_bench.results import DataFile
-    from loraport_bench.table import fill, markdown
+    from loraport_bench.table import fill, printed
 
     if (file is None) == (into is None):
         raise SpecError("Give a data file to print, or a page with --into.")
@@ -124,7 +126,7 @@ def table(
     elif file is not None:
         if not file.is_file():
             raise SpecError(f"{file} is not there.")
-        typer.echo(markdown(DataFile(file)), nl=False)
+        typer.echo(printed(file), nl=False)
 
 
 @app.command()

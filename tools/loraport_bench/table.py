@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from loraport.errors import DataError
+from loraport_bench import RESULTS
+from loraport_bench.records import Results
+from loraport_bench.report.markdown import leading
 from loraport_bench.results import DataFile
 from loraport_bench.rows import QUALITY_ROWS, ROWS, Row
 
@@ -19,6 +22,14 @@ _SHORT = (0, 1, 3, 6)  #: columns of STEP_HEAD that a short table has
 HELD_OUT = "held-out loss − bf16's (± over seeds)"  #: the column more where the file has held-out losses
 QUALITY_HEAD = ("profile", "held-out loss before", "after", "after − bf16's, by seed", "seeds")
 MET, MISSED = "✓", "✗"
+
+
+def printed(path: Path, brief: bool = False) -> str:
+    """The tables of a file in Markdown, the short ones where asked: of `loraport bench step`, or, where it is called
+    results.json, of a bench of trainers. Raises DataError for a file that is neither."""
+    if path.name == RESULTS:
+        return leading(Results.read(path))
+    return (short if brief else markdown)(DataFile(path))
 
 
 def markdown(file: DataFile) -> str:
@@ -47,7 +58,7 @@ def fill(page: Path) -> str:
         data = page.parent / match[2]
         if not data.is_file():
             raise DataError(f"{page} names {match[2]}, which is not there.")
-        return f"{match[1]}{(short if match[3] else markdown)(DataFile(data))}{match[4]}"
+        return f"{match[1]}{printed(data, brief=bool(match[3]))}{match[4]}"
 
     return _MARKED.sub(made, page.read_text(encoding="utf-8"))
 

@@ -60,7 +60,7 @@ COMMON: dict[str, Any] = {
 #: What measuring asks of a spec, whatever it says.
 MEASURED = {
     "dataset.path": "the staged images, at their final size",
-    "dataset.upscale": "true: small images are enlarged while they are staged, since not every trainer leaves them small",
+    "dataset.upscale": "true: small images are enlarged as they are staged, since not every trainer leaves them small",
     "dataset.trigger_word": "none: it is in the staged captions",
     "validation.every": "0: the held-out images are scored after the run, by one evaluator for all",
     "sample.every": "0: nothing is drawn",

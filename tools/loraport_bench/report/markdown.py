@@ -32,6 +32,12 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def leading(results: Results) -> str:
+    """The first table of each group alone, under its title: for a page that names the whole report."""
+    found = groups(results)
+    return "\n\n".join(f"**{escaped(group.title)}**\n\n{_table(tables.headline(group))}" for group in found) + "\n"
+
+
 def _versions(results: Results) -> list[str]:
     table = tables.versions(results)
     return ["## Versions", _table(table)] if table.rows else []

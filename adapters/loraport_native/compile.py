@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from loraport_native.anew import teach_compiler
+
 if TYPE_CHECKING:
     from loraport_native.models.ideogram4 import Ideogram4
 
@@ -21,6 +23,7 @@ def compile_model(model: Ideogram4, blocks: nn.ModuleList, mode: str) -> None:
     """
     if mode == "none":
         return
+    teach_compiler()
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _COMPILATIONS)
     if mode == "regional":
         for block in blocks:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from loraport_native.add_product import add_product_
+from loraport_native.anew import to_anew
 from loraport_native.scaled_matmul import product, to_rows
 
 NF4_BLOCK = 64
@@ -165,7 +166,8 @@ def _rows(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
 
 
 def _rows_back(gradient: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
-    return (gradient * scale.t().to(gradient.dtype)) @ rows.to(gradient.dtype)
+    scaled = gradient * scale.t().to(gradient.dtype)
+    return scaled @ to_anew(rows, gradient.dtype, scaled)
 
 
 def _scaled_rows(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
@@ -191,7 +193,7 @@ def _nf4(x: Tensor, *stored: Tensor) -> Tensor:
 
 
 def _nf4_back(gradient: Tensor, *stored: Tensor) -> Tensor:
-    return gradient @ _unpack((gradient.shape[1], -1), gradient.dtype, *stored)
+    return gradient @ _unpack_anew(gradient, *stored)
 
 
 def _nf4_in(dtype: torch.dtype) -> tuple[Product, Product]:
@@ -199,8 +201,7 @@ def _nf4_in(dtype: torch.dtype) -> tuple[Product, Product]:
         return _scaled_rows(x, *to_rows(_unpack((-1, x.shape[1]), x.dtype, *stored), dtype))
 
     def back(gradient: Tensor, *stored: Tensor) -> Tensor:
-        weight = _unpack((gradient.shape[1], -1), gradient.dtype, *stored)
-        return _scaled_rows(gradient, *to_rows(weight.t(), dtype))
+        return _scaled_rows(gradient, *to_rows(_unpack_anew(gradient, *stored).t(), dtype))
 
     return times, back
 
@@ -214,6 +215,12 @@ def _unpack(
     scales = from_bytes(largest, least, step)[: 2 * packed.numel() // NF4_BLOCK]
     weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, NF4_BLOCK, "nf4", full, dtype)
     return weight
+
+
+def _unpack_anew(gradient: Tensor, packed: Tensor, largest: Tensor, least: Tensor, step: Tensor) -> Tensor:
+    """The weight (out, in) for the gradient (M, out), in its dtype."""
+    least = to_anew(least, least.dtype, gradient)  # the smallest of what the weight is made of
+    return _unpack((gradient.shape[1], -1), gradient.dtype, packed, largest, least, step)
 
 
 def to_bytes(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,17 +38,18 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.03, "adafactor": 0.0, "prodigy":
 
 #: States that a block keeps for its backward pass besides those that feed an adapter. Compiled: fused q, k and v (3),
 #: rotated q and k (2), attention's result, its projection, the sum after it, the feed-forward's result; eager adds
-#: the float32 copies inside the norms and the scaled copies around them.
-KEPT = {False: 22.0, True: 9.0}
+#: the second norm's.
+KEPT = {False: 10.0, True: 9.0}
 #: The same, in widths of the feed-forward: w1 and w3; eager adds the activation of w1.
 KEPT_FEED_FORWARD = {False: 3, True: 2}
-#: States of gradients and temporaries at the fullest moment of a block's backward pass; in a recomputed eager block two
-#: more, its result and the gradient that came in.
-WORK = {False: 6.0, True: 5.5}
-RECOMPUTED = {False: 2.0, True: 0.0}
+#: States of gradients and temporaries at the fullest moment of a block's backward pass. Eager, the input of a trained
+#: w2, a width of the feed-forward, has gone by then.
+WORK = {False: 7.2, True: 5.5}
+#: Temporaries as large as the largest weight while the gradient of an update of its size is formed.
+UPDATES = 2.5
 #: The same of a forward pass, of which a compiled block gives all that it keeps at its end, also if it is recomputed.
-FORWARD_WORK = {False: 13.0, True: 4.3}
-FORWARD = 13.0  #: states at the fullest moment of a block's pass without gradients
+FORWARD_WORK = {False: 15.0, True: 4.3}
+FORWARD = 16.0  #: states at the fullest moment of a block's pass without gradients
 WIDENED = {False: 1, True: 4}  #: stored weights, of the largest's size, that are there in model.dtype at once
 #: Full-size maps that the VAE has alive, in its first layer's channels: three to encode (`latents.ALIVE`), three of
 #: twice the channels to decode. To encode, cuDNN takes two more to work in (measured on an H200 at 768 and 1024 px).
@@ -194,7 +195,7 @@ class Run:
         live, summed = self.trained * self.number, self.trained * 4
         # In float32 the gradients of the live factors are those that are summed.
         waiting = summed if self.masters and self.spec.train.gradient_accumulation > 1 else 0
-        block, work = self._kept(), self._work(checkpointing)
+        block, work = self._kept(), self._work()
         each = {"none": block + self._kept_wide(), "selective": 2 * self._state(), "full": self._state()}[checkpointing]
         on_device = min(blocks, 2) if self.spec.memory.offload == "group+activations" else blocks
         if checkpointing != "none":
@@ -252,9 +253,7 @@ class Run:
 
     def _kept(self) -> float:
         """Bytes that one block keeps for its backward pass when nothing of it is recomputed."""
-        of, lora = self.dimensions, self.spec.lora
-        block = of.block_name.format(of.blocks // 2)
-        targets = {name: shape for name, shape in of.block_linears.items() if matches(self.patterns, f"{block}.{name}")}
+        of, lora, targets = self.dimensions, self.spec.lora, self._targets()
         # It sees one vector a sample instead of tokens, but with a gradient its four factors keep what they multiply.
         states = 4.0 if targets.pop("adaln_modulation", None) else 0.0
         outputs = sum(rows for rows, _ in targets.values()) / of.width
@@ -267,20 +266,35 @@ class Run:
         if lora.type == "lokr" or lora.dora:  # the update before it is scaled
             states += outputs
         kept = states * self._state()
-        if lora.dora or lora.type == "loha":  # an update as large as the weight, formed anew in each pass
+        if self._forms_updates():
             kept += sum(rows * inputs for rows, inputs in targets.values()) * self.number
         return kept
 
-    def _work(self, checkpointing: str) -> float:
+    def _work(self) -> float:
         """Bytes of gradients and temporaries in one block's backward pass, and of weights widened for its products."""
-        states = WORK[self.compiled] + (RECOMPUTED[self.compiled] if checkpointing != "none" else 0)
-        return states * self._state() + self._widened()
+        of = self.dimensions
+        gone = of.feed_forward / of.width if "feed_forward.w2" in self._targets() and not self.compiled else 0
+        updates = UPDATES * self._largest() * self.number if self._forms_updates() else 0
+        return (WORK[self.compiled] - gone) * self._state() + updates + self._widened()
+
+    def _targets(self) -> dict[str, tuple[int, int]]:
+        """Of a block's Linears, (outputs, inputs) of those that get an adapter."""
+        of = self.dimensions
+        block = of.block_name.format(of.blocks // 2)
+        return {name: shape for name, shape in of.block_linears.items() if matches(self.patterns, f"{block}.{name}")}
+
+    def _forms_updates(self) -> bool:
+        """Whether an update as large as the weight is formed anew in each pass."""
+        return self.spec.lora.dora or self.spec.lora.type == "loha"
+
+    def _largest(self) -> int:
+        """Numbers of a block's largest weight."""
+        return max(outputs * inputs for outputs, inputs in self.dimensions.block_linears.values())
 
     def _widened(self) -> float:
-        memory, linears = self.spec.memory, self.dimensions.block_linears
+        memory, largest = self.spec.memory, self._largest()
         if memory.storage == "none":
             return 0.0
-        largest = max(outputs * inputs for outputs, inputs in linears.values())
         if self.spec.lora.dora:  # widened to float32, and from that to what it is computed in
             return largest * (4 + self.number)
         return largest * (WIDENED[self.compiled] * self.number if memory.compute == "model" else 1)

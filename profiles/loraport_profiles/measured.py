@@ -36,19 +36,19 @@ def native_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a data file that are the native backend's, of the released model's size, and came to their end; of
     lines for the same row of `loraport bench step` the newest."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    rows = {(line.get("row", number), line.get("seed")): line for number, line in enumerate(lines)}.values()
+    rows = {(line.get("row"), line.get("seed")): line for line in lines}.values()
     return [row for row in rows if row.get("status", "ok") == "ok" and "peak_allocated_gib" in row and _is_native(row)]
 
 
 def _is_native(row: Mapping[str, Any]) -> bool:
-    told = row.get("settings", row)
+    told = row.get("settings", {})
     size = (told.get("blocks", RELEASED.blocks), told.get("width", RELEASED.width))
     return "memory" in told and size == (RELEASED.blocks, RELEASED.width)
 
 
 def measurement(row: Mapping[str, Any], source: str, profiles: Mapping[tuple[str, str], Profile]) -> Measurement:
-    """A native row in the shape that all share: those of `loraport bench step` keep what was run under `settings`."""
-    told = row.get("settings", row)
+    """What is told of a native row."""
+    told = row["settings"]
     return Measurement(
         family=IDEOGRAM4.name,
         backend="native",
@@ -57,11 +57,11 @@ def measurement(row: Mapping[str, Any], source: str, profiles: Mapping[tuple[str
         resolution=told["resolution"],
         text_tokens=told["text_tokens"],
         rank=told["rank"],
-        batch_size=told["batch"] if "batch" in told else told["batch_size"],
+        batch_size=told["batch"],
         optimizer=told["optimizer"],
         gpus=told.get("gpus", 1),
         memory=memory_of(row, profiles),
-        step_s=row["step_s"]["median"] if "step_s" in row else row["step_s_median"],
+        step_s=row["step_s"]["median"],
         peak_allocated_gib=row["peak_allocated_gib"],
         peak_reserved_gib=row["peak_reserved_gib"],
         source=source,
@@ -70,7 +70,7 @@ def measurement(row: Mapping[str, Any], source: str, profiles: Mapping[tuple[str
 
 def memory_of(row: Mapping[str, Any], profiles: Mapping[tuple[str, str], Profile]) -> dict[str, Any]:
     """The settings of a row's `memory`, which names a profile, spells its fields out, or both."""
-    written = row.get("settings", row)["memory"]
+    written = row["settings"]["memory"]
     preset = written.get("profile")
     own = {name: value for name, value in written.items() if name in DEFAULTS and value is not None}
     if isinstance(own.get("gradient_checkpointing"), bool):
@@ -79,10 +79,8 @@ def memory_of(row: Mapping[str, Any], profiles: Mapping[tuple[str, str], Profile
 
 
 def copied(file: Path, profiles: Mapping[tuple[str, str], Profile]) -> list[Measurement]:
-    """The rows of a data file that tell of speed and memory as people train: no held-out losses over seeds, and no
-    deterministic algorithms."""
-    rows = [row for row in native_rows(file) if row.get("seed") is None]
-    return [measurement(row, file.name, profiles) for row in rows if not row.get("options", {}).get("deterministic")]
+    """The rows of a data file that tell of speed and memory as people train: no held-out losses over seeds."""
+    return [measurement(row, file.name, profiles) for row in native_rows(file) if row.get("seed") is None]
 
 
 def main() -> None:

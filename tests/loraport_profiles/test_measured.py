@@ -110,7 +110,7 @@ def test_a_row_that_names_a_preset_has_its_settings() -> None:
     assert found.memory == settings(PROFILES["hardware", "12gb"].sets, PROFILES)
 
 
-def test_failed_small_foreign_and_special_rows_are_not_copied(tmp_path: Path) -> None:
+def test_failed_small_and_foreign_rows_and_those_over_seeds_are_not_copied(tmp_path: Path) -> None:
     told = BENCH_ROW["settings"]
     rows = [
         {**BENCH_ROW, "status": "out of memory"},
@@ -121,11 +121,6 @@ def test_failed_small_foreign_and_special_rows_are_not_copied(tmp_path: Path) ->
     file = tmp_path / "step.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert native_rows(file) == []
-    file.write_text(
-        "".join(
-            json.dumps({**BENCH_ROW, "row": str(number), **more}) + "\n"
-            for number, more in enumerate([{"seed": 1}, {"options": {"deterministic": True}}])
-        )
-    )
-    assert len(native_rows(file)) == 2
+    file.write_text(json.dumps({**BENCH_ROW, "seed": 1}) + "\n")
+    assert len(native_rows(file)) == 1
     assert copied(file, PROFILES) == []

@@ -5,6 +5,7 @@ diffusers' model is the reference (`diffusers.models.transformers.transformer_id
 * attention is one fused `qkv` and `o`, so a LoRA trained here has the module names that ComfyUI loads;
 * text may come in already projected, so the 245 M parameters of the projection can go once it is cached;
 * a batch without padding runs without any mask, which is what lets attention take its flash kernel;
+* norms are torch's own: a kernel each, where the reference's float32 ones are several passes over memory;
 * rotary angles are float32 whatever happens around them: see `Rope`.
 """
 
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_ideogram4 import (
     IMAGE_POSITION_OFFSET,
     LLM_TOKEN_INDICATOR,
@@ -90,8 +90,8 @@ class FusedAttention(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.o = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.norm_q = RMSNorm(self.head_dim, eps=eps)
-        self.norm_k = RMSNorm(self.head_dim, eps=eps)
+        self.norm_q = nn.RMSNorm(self.head_dim, eps=eps)
+        self.norm_k = nn.RMSNorm(self.head_dim, eps=eps)
 
     def forward(self, hidden_states: Tensor, attention_mask: Mask, image_rotary_emb: Rotation) -> Tensor:
         """Attend over (B, L, hidden)."""
@@ -144,10 +144,10 @@ class FusedBlock(Ideogram4TransformerBlock):
         nn.Module.__init__(self)
         self.attention = FusedAttention(hidden_size, num_heads)  # type: ignore[assignment]
         self.feed_forward = GatedMLP(hidden_size, intermediate_size)
-        self.attention_norm1 = RMSNorm(hidden_size, eps=norm_eps)
-        self.ffn_norm1 = RMSNorm(hidden_size, eps=norm_eps)
-        self.attention_norm2 = RMSNorm(hidden_size, eps=norm_eps)
-        self.ffn_norm2 = RMSNorm(hidden_size, eps=norm_eps)
+        self.attention_norm1 = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.ffn_norm1 = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.attention_norm2 = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.ffn_norm2 = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.adaln_modulation = nn.Linear(adaln_dim, 4 * hidden_size)
         self.keeps_attention = False  #: see `loraport_native.recompute`
 

@@ -7,7 +7,7 @@ dearest part to compute; auto recomputes only as many blocks as it must for the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,33 +34,37 @@ def recompute(model: Ideogram4, mode: str, blocks: int | None = None) -> None:
     Never of the last: what it would compute again would be in memory at once, in place of what it kept.
     """
     last = len(model.layers) - 1
-    chosen = set(range(last if blocks is None else min(blocks, last)))
-    for number, block in enumerate(model.blocks()):
-        block.keeps_attention = mode == "selective" and number in chosen
-    full = chosen if mode == "full" else set()
+    chosen = range(0 if mode == "none" else last if blocks is None else min(blocks, last))
     draws = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+    if draws:  # compiled, it would else draw from generators of the compiler's own, which no step's seed reaches
+        from torch._inductor import config
 
-    def run_block(number: int, block: nn.Module, *inputs: Any) -> Tensor:
-        if number in full and torch.is_grad_enabled():
-            result: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
-            return result
-        return block(*inputs)
-
-    model.run_block = run_block
+        config.fallback_random = True
+    keep = partial(keeping, mode == "selective", draws)
+    for number, block in enumerate(model.blocks()):
+        block.passing = keep if number in chosen else None
 
 
-def keeping_attention(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """Run a block's forward pass keeping its inputs and what attention gave. Inside the block, so that a compiled one
-    is compiled together with it: no policy sees into a compiled graph from outside."""
-    result: Tensor = checkpoint(forward, *inputs, use_reentrant=False, context_fn=_contexts)
+def keeping(attention: bool, draws: bool, forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Run a block's forward pass keeping its inputs and, where asked, what attention gave.
+
+    Inside the block, so that a compiled one is compiled together with it: the passes are then one graph each, which the
+    host queues in one go, and the policy sees what it decides on. A compiled block has a policy also where nothing else
+    is kept: without one the compiler of torch 2.11 keeps all that autograd functions give.
+    """
+    policy: dict[str, Any] = {}
+    if attention or torch.compiler.is_compiling():
+        policy["context_fn"] = _keeping_attention if attention else _keeping_nothing
+    result: Tensor = checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=draws, **policy)
     return result
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kept: Collection[Any], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_contexts = partial(create_selective_checkpoint_contexts, _policy)
+_keeping_attention = partial(create_selective_checkpoint_contexts, partial(_policy, _ATTENTION))
+_keeping_nothing = partial(create_selective_checkpoint_contexts, partial(_policy, ()))
 
 
 def recompute_what_must_be(model: Ideogram4, probe: Callable[[], None], limit: int) -> int:

@@ -28,8 +28,14 @@ if TYPE_CHECKING:
     from loraport_native.distributed import Group
     from loraport_native.trainer import Trainer
 
-#: Libraries whose first words are about parts of theirs that are not used here.
-_CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+#: Libraries whose first words are about parts of theirs that are not used here, or about what holds here.
+_CHATTY = (
+    "bitsandbytes",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+    "torch._higher_order_ops.wrap",  # that a recomputed block must change nothing in place, which the compiler sees to
+    "torch.utils._pytree",
+    "torchao",
+)
 
 #: How torch says that memory ran out; its class for that is for CUDA's own allocator alone.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loraport.errors import BackendError
 from loraport_native import attention
 from loraport_native.attention import attend, flash_3_is_there
-from loraport_native.recompute import keeping_attention
+from loraport_native.recompute import keeping
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -94,7 +94,7 @@ def test_only_what_has_no_mask_goes_to_flash_attention() -> None:
 @pytest.mark.usefixtures("taken")
 def test_selective_recomputation_keeps_its_result() -> None:
     inputs = heads()
-    block = lambda *inputs: keeping_attention(lambda query, *rest: attend(query.sin(), *rest).cos(), *inputs)  # noqa: E731
+    block = lambda *inputs: keeping(True, False, lambda query, *rest: attend(query.sin(), *rest).cos(), *inputs)  # noqa: E731
     with Called(FLASH) as flash:
         result_and_gradients(block, inputs)
     assert flash.times == 1
@@ -110,6 +110,18 @@ def test_it_is_taken_on_hopper_unless_equal_bits_were_asked_for(hopper: list[str
     finally:
         torch.use_deterministic_algorithms(False)
     assert hopper == ([] if deterministic else ["FA3"]), "and torch was asked once"
+
+
+@pytest.mark.parametrize("keeps_attention", [False, True])
+def test_a_compiled_block_that_is_recomputed_takes_it_in_one_graph(hopper: list[str], keeps_attention: bool) -> None:
+    def block(*inputs: Tensor) -> Tensor:
+        return keeping(keeps_attention, False, lambda query, *rest: attend(query.sin(), *rest).cos(), *inputs)
+
+    inputs = heads(dtype=torch.bfloat16, width=attention._WIDTH)
+    wanted = result_and_gradients(block, inputs)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    assert all(map(torch.equal, result_and_gradients(compiled, inputs), wanted))
+    assert hopper == ["FA3"]
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(128, torch.bfloat16), (256, torch.float32)], ids=str)

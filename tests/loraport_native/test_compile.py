@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_steps import model_with, step
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_leaves
 
 from loraport_native.compile import compile_model
 from loraport_native.lora import Adapter
@@ -46,6 +47,7 @@ COMBINATIONS: list[dict[str, Any]] = [
     {"storage": "int8", "offload": "group+activations", "kind": "lora", "dropout": 0.3},
     {"storage": "nf4", "offload": "none", "gradient_checkpointing": "full", "kind": "lokr"},
     {"storage": "nf4", "offload": "disk", "gradient_checkpointing": "full", "kind": "lora"},
+    {"storage": "none", "offload": "none", "gradient_checkpointing": "full", "kind": "lora", "dropout": 0.3},
 ]
 
 
@@ -63,6 +65,49 @@ def test_compiled_blocks_compute_what_plain_ones_do(
     assert counter.frame_count
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"storage": "none"},
+        {"storage": "fp8", "compute": "fp8", "offload": "group"},
+        {"storage": "nf4", "dropout": 0.3},
+        {"storage": "none", "kind": "lokr"},
+    ],
+    ids=lambda given: "-".join(map(str, given.values())),
+)
+def test_a_compiled_block_keeps_no_more_than_recomputation_lets_it(
+    tiny_official: Path, settings: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting(monkeypatch, "aot_eager")
+    model, adapter = compiled(tiny_official, gradient_checkpointing=mode, **settings)
+    kept: list[list[tuple[int, ...]]] = []
+    inner = model.run_block
+
+    def run_block(number: int, block: torch.nn.Module, *inputs: Any) -> torch.Tensor:
+        weights = [*model.parameters(), *model.buffers()]
+        shapes: dict[int, tuple[int, ...]] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.is_floating_point() and tensor.numel():  # not the state of a generator
+                shapes[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = inner(number, block, *inputs)
+        given = [one for one in tree_leaves(inputs) if isinstance(one, torch.Tensor)]
+        there = {one.untyped_storage().data_ptr() for one in [*weights, *given]}
+        kept.append(sorted(shape for place, shape in shapes.items() if place not in there))
+        return result
+
+    model.run_block = run_block
+    step(model, adapter)
+    batch, tokens, heads, width = 2, 5 + 4 * 4, 2, 64
+    attention = [(batch, heads, tokens), (batch, heads, tokens, width)]  # its result, and what its backward pass needs
+    assert kept[:-1] == [attention if mode == "selective" else []] * 2
+    assert len(kept[-1]) > len(attention), "the last is not recomputed"
 
 
 @pytest.mark.slow

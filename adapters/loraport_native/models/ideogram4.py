@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from loraport_native.attention import attend
 from loraport_native.frozen import adapted_linears
-from loraport_native.recompute import keeping_attention
 
 Rotation = tuple[Tensor, Tensor]
 #: What attention leaves out: nothing; what a boolean mask that broadcasts to (B, 1, L, L) says; or, of each sample, so
@@ -149,12 +148,13 @@ class FusedBlock(Ideogram4TransformerBlock):
         self.attention_norm2 = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.ffn_norm2 = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.adaln_modulation = nn.Linear(adaln_dim, 4 * hidden_size)
-        self.keeps_attention = False  #: see `loraport_native.recompute`
+        #: How the forward pass is run: (it, its inputs) → its result. `loraport_native.recompute` sets it.
+        self.passing: Callable[..., Tensor] | None = None
 
     def forward(self, *inputs: Any) -> Tensor:
         """Run (hidden_states (B, L, hidden), mask, rotation, modulation (B, 1, adaln_dim)) → (B, L, hidden)."""
-        if self.keeps_attention and torch.is_grad_enabled():
-            return keeping_attention(super().forward, *inputs)
+        if self.passing is not None and torch.is_grad_enabled():
+            return self.passing(super().forward, *inputs)
         return super().forward(*inputs)
 
 

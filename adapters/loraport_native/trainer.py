@@ -158,7 +158,7 @@ class Trainer:
 
         def tokens(batch: list[Sample]) -> int:
             width, height = batch[0].bucket
-            return len(batch) * ((width // 16) * (height // 16) + max(len(self.data.text(one.text)) for one in batch))
+            return sum((width // 16) * (height // 16) + len(self.data.text(one.text)) for one in batch)
 
         return max(enumerate(batches), key=lambda entry: tokens(entry[1]))
 
@@ -369,7 +369,7 @@ class Trainer:
 def pad_left(texts: list[Tensor]) -> tuple[Tensor, list[int] | None]:
     """Stack text features (T_i, hidden) as (B, max T, hidden) with zeros on the left, and give their lengths.
 
-    Lengths are None when all are equal, which spares attention its mask.
+    Lengths are None when all are equal.
     """
     lengths = [len(text) for text in texts]
     if len(set(lengths)) == 1:

@@ -117,7 +117,9 @@ def test_one_step_is_the_dreambooth_examples_step(make_spec, make_trainer, tiny_
     fill_up_factors(trainer)
     batch = trainer._batch(0)
     assert len(batch) == 4
-    assert len({len(trainer.data.text(sample.text)) for sample in batch}) > 1, "captions of several lengths, so padding"
+    assert len({len(trainer.data.text(sample.text)) for sample in batch}) > 1, (
+        "captions of several lengths: a packed batch"
+    )
     trainer.model.train()
     loss = trainer._loss(batch, 0)
     loss.backward()

@@ -4,7 +4,8 @@ diffusers' model is the reference (`diffusers.models.transformers.transformer_id
 
 * attention is one fused `qkv` and `o`, so a LoRA trained here has the module names that ComfyUI loads;
 * text may come in already projected, so the 245 M parameters of the projection can go once it is cached;
-* a batch without padding runs without any mask, which is what lets attention take its flash kernel;
+* there is neither padding nor a mask: samples of different lengths are one packed sequence (see `Packed`), each attends
+  by itself, and attention takes its flash kernel;
 * norms are torch's own: a kernel each, where the reference's float32 ones are several passes over memory;
 * rotary angles are float32 whatever happens around them: see `Rope`.
 """
@@ -12,7 +13,7 @@ diffusers' model is the reference (`diffusers.models.transformers.transformer_id
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,6 @@ from diffusers.models.transformers.transformer_ideogram4 import (
     Ideogram4EmbedScalar,
     Ideogram4MLP,
     Ideogram4Transformer2DModel,
-    Ideogram4TransformerBlock,
     _sinusoidal_embedding,
 )
 from diffusers.utils import apply_lora_scale
@@ -35,10 +35,18 @@ from loraport_native.attention import attend
 from loraport_native.frozen import adapted_linears
 
 Rotation = tuple[Tensor, Tensor]
-#: What attention leaves out: nothing; what a boolean mask that broadcasts to (B, 1, L, L) says; or, of each sample, so
-#: many tokens of padding at its start.
-Mask = Tensor | list[int] | None
 TEXT, IMAGE = 0, 1  # rows of `embed_image_indicator`
+
+
+class Packed(NamedTuple):
+    """What makes a batch of one sequence (1, ΣL, …), in which the samples follow one another."""
+
+    lengths: list[int]  #: of the samples, ΣL together
+    sample: Tensor  #: (ΣL,) which one a token is of
+
+
+#: What attention leaves out: nothing; what a boolean mask that broadcasts to (B, 1, L, L) says; or other samples.
+Mask = Tensor | Packed | None
 
 
 class Rope(nn.Module):
@@ -103,15 +111,20 @@ class FusedAttention(nn.Module):
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """Attention over (B, L, heads, head_dim)."""
-    if not isinstance(mask, list):
+    if not isinstance(mask, Packed):
         return attend(query, key, value, mask)
-    # One call a sample without its padding keeps the flash kernel, which takes no mask; what padding would get is zero.
-    attended = []
-    for sample, start in enumerate(mask):
-        one = slice(sample, sample + 1)
-        real = attend(query[one, start:], key[one, start:], value[one, start:])
-        attended.append(F.pad(real, (0, 0, 0, 0, start, 0)))
-    return torch.cat(attended)
+    samples = (part.split(mask.lengths, dim=1) for part in (query, key, value))
+    return torch.cat([attend(*sample) for sample in zip(*samples, strict=True)], dim=1)
+
+
+def _times(tokens: Tensor, factor: Tensor, mask: Mask) -> Tensor:
+    """Multiply tokens (B, L, hidden), also packed ones, by a factor of each sample (B, 1, hidden)."""
+    if not isinstance(mask, Packed):
+        return tokens * factor
+    if torch.compiler.is_compiling() and not factor.requires_grad:
+        return tokens * factor[mask.sample, 0]  # never made: it is looked up where it is multiplied by
+    samples = zip(tokens.split(mask.lengths, dim=1), factor.split(1), strict=True)
+    return torch.cat([sample * its for sample, its in samples], dim=1)
 
 
 def _rotate(heads: Tensor, rotation: Rotation) -> Tensor:
@@ -133,15 +146,14 @@ class GatedMLP(Ideogram4MLP):
         return self.w2(F.silu(gate) * up)
 
 
-class FusedBlock(Ideogram4TransformerBlock):
-    """diffusers' block around fused attention; only the construction differs."""
+class FusedBlock(nn.Module):
+    """diffusers' block around fused attention, over packed samples too."""
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, num_heads: int, norm_eps: float, adaln_dim: int
     ) -> None:
-        # Not the parent's: it would also make, and randomly fill, the split attention that is never used.
-        nn.Module.__init__(self)
-        self.attention = FusedAttention(hidden_size, num_heads)  # type: ignore[assignment]
+        super().__init__()
+        self.attention = FusedAttention(hidden_size, num_heads)
         self.feed_forward = GatedMLP(hidden_size, intermediate_size)
         self.attention_norm1 = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.ffn_norm1 = nn.RMSNorm(hidden_size, eps=norm_eps)
@@ -154,8 +166,16 @@ class FusedBlock(Ideogram4TransformerBlock):
     def forward(self, *inputs: Any) -> Tensor:
         """Run (hidden_states (B, L, hidden), mask, rotation, modulation (B, 1, adaln_dim)) → (B, L, hidden)."""
         if self.passing is not None and torch.is_grad_enabled():
-            return self.passing(super().forward, *inputs)
-        return super().forward(*inputs)
+            return self.passing(self.compute, *inputs)
+        return self.compute(*inputs)
+
+    def compute(self, hidden: Tensor, mask: Mask, rotation: Rotation, modulation: Tensor) -> Tensor:
+        """`forward` itself, whatever of it is kept."""
+        scale, gate, feed_scale, feed_gate = self.adaln_modulation(modulation).chunk(4, dim=-1)
+        attended = self.attention(_times(self.attention_norm1(hidden), 1 + scale, mask), mask, rotation)
+        hidden = hidden + _times(self.attention_norm2(attended), gate.tanh(), mask)
+        fed = self.feed_forward(_times(self.ffn_norm1(hidden), 1 + feed_scale, mask))
+        return hidden + _times(self.ffn_norm2(fed), feed_gate.tanh(), mask)
 
 
 class Ideogram4(Ideogram4Transformer2DModel):
@@ -249,28 +269,37 @@ class Ideogram4(Ideogram4Transformer2DModel):
         Returns (B, N, in_channels) in the weights' dtype.
         """
         batch, tokens, _ = latents.shape
-        length = text.shape[1]
+        longest = text.shape[1]
         assert tokens == grid[0] * grid[1], f"{tokens} image tokens do not fill a grid of {grid}"
-        if text_lengths is not None:
-            assert len(text_lengths) == batch
-            assert all(0 <= n <= length for n in text_lengths)
-        starts = [length - n for n in text_lengths] if text_lengths is not None and min(text_lengths) < length else None
-        padding = torch.tensor(starts or [0]).unsqueeze(1).to(latents.device, non_blocking=True)
+        if text_lengths is None:
+            text_lengths = [longest] * batch
+        assert len(text_lengths) == batch
+        assert all(0 <= n <= longest for n in text_lengths)
+        kinds = self.embed_image_indicator.weight
+        text = text.to(self.dtype) + kinds[TEXT]
+        image = self.input_proj(latents.to(self.dtype)) + kinds[IMAGE]
+        counted = torch.arange(longest, device=latents.device).unsqueeze(-1).expand(-1, 3)
+        placed = _image_positions(grid, latents.device)
 
-        # Without padding all samples share one row of positions, and the rotation broadcasts over the batch.
-        index = torch.arange(length, device=latents.device) - padding
-        positions = torch.cat(
-            (
-                index.clamp(min=0).unsqueeze(-1).expand(-1, -1, 3),
-                _image_positions(grid, latents.device).expand(len(padding), -1, -1),
-            ),
-            dim=1,
+        if min(text_lengths) == max(text_lengths):
+            start = longest - text_lengths[0]
+            hidden = torch.cat((text[:, start:], image), dim=1)
+            # All samples share one row of positions, and the rotation broadcasts over the batch.
+            positions = torch.cat((counted[: longest - start], placed)).unsqueeze(0)
+            return self._run(hidden, timestep, positions, None, lambda hidden: hidden[:, -tokens:])
+
+        samples = list(enumerate(text_lengths))
+        hidden = torch.cat([part for i, n in samples for part in (text[i, longest - n :], image[i])]).unsqueeze(0)
+        positions = torch.cat([part for _, n in samples for part in (counted[:n], placed)]).unsqueeze(0)
+        lengths = [n + tokens for n in text_lengths]
+        sample = torch.cat([torch.full((n,), i, device=latents.device) for i, n in enumerate(lengths)])
+        return self._run(
+            hidden,
+            timestep,
+            positions,
+            Packed(lengths, sample),
+            lambda hidden: torch.stack([one[-tokens:] for one in hidden[0].split(lengths)]),
         )
-        role = F.pad(torch.full((length,), TEXT, device=latents.device), (0, tokens), value=IMAGE)
-
-        hidden = torch.cat((text.to(self.dtype), self.input_proj(latents.to(self.dtype))), dim=1)
-        hidden = hidden + self.embed_image_indicator(role)
-        return self._run(hidden, timestep, positions, starts, image_from=length)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -300,10 +329,13 @@ class Ideogram4(Ideogram4Transformer2DModel):
         mask = None
         if bool((segment_ids != segment_ids[:, :1]).any()):
             mask = (segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)).unsqueeze(1)
-        sample = self._run(hidden, timestep, position_ids, mask)
+        sample = self._run(hidden, timestep, position_ids, mask, lambda hidden: hidden)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _run(self, hidden: Tensor, timestep: Tensor, positions: Tensor, mask: Mask, image_from: int = 0) -> Tensor:
+    def _run(
+        self, hidden: Tensor, timestep: Tensor, positions: Tensor, mask: Mask, wanted: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """All blocks, and the last layer on the tokens (B, L, hidden) that are wanted of theirs."""
         time = self.t_embedding(timestep)
         if timestep.dim() == 1:
             time = time.unsqueeze(1)
@@ -312,7 +344,7 @@ class Ideogram4(Ideogram4Transformer2DModel):
         rotation = (cos.to(hidden.dtype), sin.to(hidden.dtype))
         for number, block in enumerate(self.layers):
             hidden = self.run_block(number, block, hidden, mask, rotation, modulation)
-        return self.final_layer(hidden[:, image_from:], conditioning=modulation)
+        return self.final_layer(wanted(hidden), conditioning=modulation)
 
 
 def _image_positions(grid: tuple[int, int], device: torch.device) -> Tensor:

@@ -116,6 +116,62 @@ def test_forward_takes_text_that_is_already_projected_even_after_the_projection_
     assert size - sum(p.numel() for p in ours.parameters()) == 104 + 104 * 64 + 64
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_packed_samples_give_what_each_gives_alone(pair, mode: str, compiled: bool):
+    """The modulation of the blocks is trained too: its gradient is summed over the tokens of each sample."""
+    _, ours = pair
+    ours.drop_text_projection()
+    lengths = [7, 3, 0]
+    b = batch(lengths, 7)
+    text = torch.randn(3, 7, 64)
+    target = torch.randn(3, N, 128)
+    alone = []
+    for one, length in enumerate(lengths):
+        i = slice(one, one + 1)
+        alone.append(ours.velocity(b["latents"][i], text[i, 7 - length :], None, b["time"][i], GRID))
+        torch.nn.functional.mse_loss(alone[-1], target[i], reduction="sum").backward()
+    wanted = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    ours.zero_grad()
+
+    recompute(ours, mode)
+    if compiled:
+        torch._dynamo.reset()
+        for block in ours.layers:
+            block.compile(backend="aot_eager", fullgraph=True)
+    got = ours.velocity(b["latents"], text, lengths, b["time"], GRID)
+    torch.nn.functional.mse_loss(got, target, reduction="sum").backward()
+    torch.testing.assert_close(got, torch.cat(alone), **CLOSE)
+    assert {"layers.0.adaln_modulation.weight", "adaln_proj.weight"} <= wanted.keys()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, wanted[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_no_layer_sees_padding(pair):
+    _, ours = pair
+    seen = []
+    for name, module in ours.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.startswith("llm"):
+            module.register_forward_hook(
+                lambda module, given, result, n=name: seen.append((n, tuple(result.shape[:2])))
+            )
+    b = batch([7, 3], 7)
+    text = ours.project_text(b["features"])
+
+    def tokens(lengths: list[int] | None) -> dict[str, tuple[int, int]]:
+        seen.clear()
+        ours.velocity(b["latents"], text, lengths, b["time"], GRID)
+        return {name.removeprefix("layers.0."): shape for name, shape in seen}
+
+    packed = tokens([7, 3])
+    assert {packed[name] for name in ("attention.qkv", "attention.o", "feed_forward.w2")} == {(1, 7 + 3 + 2 * N)}
+    assert packed["adaln_modulation"] == (2, 1), "once a sample, not once a token"
+    assert packed["final_layer.linear"] == (2, N), "of the image alone"
+    assert tokens([3, 3])["attention.qkv"] == (2, 3 + N), "equal lengths need no packing"
+
+
 def test_velocity_never_makes_a_mask_and_padding_never_reaches_attention(pair, monkeypatch):
     _, ours = pair
     seen = []

@@ -44,6 +44,9 @@ QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "spec.yaml"
         ["lora.dora=true"],
         ["lora.dora=true", "memory.quantize=nf4", "memory.offload=group", "memory.compile=regional"],
         ["memory.quantize=int8-dynamic", "memory.compile=regional"],
+        ["train.batch_size=4", "memory.quantize=fp8-dynamic", "memory.compile=regional"],
+        ["train.batch_size=4", "memory.compile=regional", "memory.gradient_checkpointing=none"],
+        ["lora.dropout=0.1", "memory.compile=regional", "memory.gradient_checkpointing=true"],
         ["sample.every=20", "sample.prompts=[a cat]", "sample.width=128", "sample.height=128", "sample.steps=4"],
     ],
     ids=lambda settings: ",".join(settings),
@@ -82,3 +85,24 @@ def test_with_deterministic_the_same_seed_gives_the_same_lora_on_the_card(tmp_pa
         return train(spec, out=tmp_path / name).lora.read_bytes()
 
     assert lora("a") == lora("b")
+
+
+def test_dropout_of_compiled_blocks_that_are_recomputed_is_drawn_from_the_seed(tiny_official: Path) -> None:
+    from tiny_steps import model_with
+
+    from loraport_native.compile import compile_model
+
+    model, adapter = model_with(tiny_official, dropout=0.3, storage="none", gradient_checkpointing="full")
+    model.to("cuda").train()
+    compile_model(model, model.layers, "regional")
+    draw = torch.Generator().manual_seed(3)
+    latents, text = (torch.randn(1, count, 128, generator=draw).cuda() for count in (16, 5))
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        result = model.velocity(latents, text, None, torch.full((1,), 0.3, device="cuda"), (4, 4))
+        return list(torch.autograd.grad(result.square().sum(), adapter.parameters()))
+
+    first = gradients()
+    for one, other in zip(gradients(), first, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())

@@ -7,9 +7,11 @@ which takes most of the time; `test_quantize.py` has trainings with that.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from tiny_steps import model_with, step
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -148,3 +150,32 @@ def test_batches_of_new_lengths_are_compiled_a_few_times_and_no_more(
     # Three kinds of block (the first one's input needs no gradient, the last is not recomputed), for the first lengths
     # and for any.
     assert counts == [3] + [6] * 7
+
+
+@pytest.mark.parametrize(
+    ("hint", "numbers", "at_once"),
+    [
+        ("INNER", 4608, True),
+        ("INNER", 12288, False),
+        ("DEFAULT", 256, True),
+        ("DEFAULT", 4608, False),
+        ("OUTER", 4608, False),
+    ],
+)
+def test_norms_are_summed_at_once_and_longer_sums_piece_by_piece(
+    tiny_official: Path, monkeypatch: pytest.MonkeyPatch, hint: str, numbers: int, at_once: bool
+) -> None:
+    """What the code generator for CUDA asks."""
+    from torch._inductor import config
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.sizevars import SizeVarAllocator
+    from torch._inductor.virtualized import V
+
+    counting(monkeypatch, "eager")
+    features = SimpleNamespace(get_reduction_hint=lambda: ReductionHint[hint], reduction_numel=sympy.Integer(numbers))
+    with (
+        config.patch(inductor_choices_class=None),
+        V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())),
+    ):
+        compiled(tiny_official)
+        assert config.inductor_choices_class().should_use_persistent_reduction(features, False) == at_once

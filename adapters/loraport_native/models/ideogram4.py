@@ -67,13 +67,14 @@ class Rope(nn.Module):
             self.axis_of[axis : sections[axis] * 3 : 3] = axis
 
     def forward(self, positions: Tensor) -> Rotation:
-        """Turn positions (B, L, 3: time, row, column) into float32 cosines and sines (B, L, head_dim)."""
+        """Turn positions (B, L, 3: time, row, column) into float32 cosines and sines (B, L, head_dim), of which the
+        sines of the first half are negated, as `_rotate` takes them."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
             self.axis_of = self.axis_of.to(positions.device)
         angles = positions.to(torch.float32)[..., self.axis_of] * self.frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 class EmbedTime(Ideogram4EmbedScalar):
@@ -130,8 +131,7 @@ def _times(tokens: Tensor, factor: Tensor, mask: Mask) -> Tensor:
 def _rotate(heads: Tensor, rotation: Rotation) -> Tensor:
     """Rotate heads (B, L, heads, head_dim), pairing channel i with i + head_dim / 2."""
     cos, sin = (part.unsqueeze(2) for part in rotation)
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+    return heads * cos + heads.roll(heads.shape[-1] // 2, dims=-1) * sin
 
 
 class GatedMLP(Ideogram4MLP):

@@ -27,10 +27,12 @@ def to_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """left (M, K) · rightᵀ (K, N) in `dtype`, both 8-bit and row-major, with float32 scales (M, 1) and (N, 1)."""
-    if left.device.type != "cuda":
-        return (left.float() @ right.float().t() * left_scale * right_scale.t()).to(dtype)
-    if left.dtype == torch.int8:
-        return (torch._int_mm(left, right.t()).float() * left_scale * right_scale.t()).to(dtype)
-    return torch._scaled_mm(
-        left, right.t(), scale_a=left_scale, scale_b=right_scale.t(), out_dtype=dtype, use_fast_accum=True
-    )
+    on_card, integers = left.device.type == "cuda", left.dtype == torch.int8
+    if on_card and not integers:
+        return torch._scaled_mm(
+            left, right.t(), scale_a=left_scale, scale_b=right_scale.t(), out_dtype=dtype, use_fast_accum=True
+        )
+    plain = torch._int_mm(left, right.t()).float() if on_card else left.float() @ right.float().t()
+    result = plain * left_scale * right_scale.t()
+    # A conversion that changes nothing is none: the compiler of torch 2.11 loses the gradient at one.
+    return result if result.dtype == dtype else result.to(dtype)

@@ -24,7 +24,7 @@ def launch(total: Tensor, left: Tensor, right: Tensor, other: Tensor | None = No
     _add_product[grid](total, left, right, beside, *sizes, other is not None, *tile, num_warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # no compilation more for each kind of caption's length
 def _add_product(  # type: ignore[no-untyped-def]
     total,
     left,

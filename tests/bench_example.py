@@ -150,6 +150,7 @@ def _run(position: int, tier: Any, profile: str, backend: str, repeat: int, chan
         ),
         cards=[
             r.Card(
+                samples=round(2 * step * (STEPS - WARM_UP)),
                 clock_mhz=r.Range(low=1830, median=1965, high=1980),
                 memory_clock_mhz=r.Range(low=3201, median=3201, high=3201),
                 power_w=r.Range(low=210, median=655, high=698),
@@ -158,7 +159,12 @@ def _run(position: int, tier: Any, profile: str, backend: str, repeat: int, chan
                 throttled=[],
             )
         ],
-        energy=r.Energy(joules=total * 480, train_joules=phases["train"] * 650, joules_per_image=step * 650),
+        energy=r.Energy(
+            joules=total * 480,
+            train_joules=phases["train"] * 640,
+            steps_joules=step * (STEPS - WARM_UP) * 650,
+            joules_per_image=step * 650,
+        ),
         work=r.Work(
             steps=STEPS,
             images=STEPS,

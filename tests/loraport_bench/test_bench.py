@@ -71,7 +71,11 @@ def test_two_trainers_are_measured_scored_and_told_in_alternating_order(bench: A
         assert times == sorted(times)
     memory = {run.backend: run.host_memory.peak_bytes for run in told.runs if run.host_memory is not None}
     assert memory["steady"] - memory["swift"] > 25_000_000  # the 40 MB that it holds
-    assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+    written = (tmp_path / "out" / "results.json").read_text() + (tmp_path / "out" / "report.md").read_text()
+    assert str(tmp_path) not in written
+    assert "/models" not in written
+    assert told.runs[0].configuration is not None
+    assert told.runs[0].configuration.spec["model"]["checkpoint"] == told.spec["model"]["checkpoint"] == "…/none"
 
 
 def test_all_trainers_read_the_same_images_at_their_final_size_with_the_same_captions(

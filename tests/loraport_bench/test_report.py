@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from loraport.cli.main import build_app
 from loraport_bench import records as r
-from loraport_bench.report import charts, write_reports
-from loraport_bench.report.markdown import escaped, markdown
+from loraport_bench.report import charts, tables, write_reports
+from loraport_bench.report.markdown import escaped, leading, markdown
 from loraport_bench.report.numbers import groups, numbers
 from loraport_bench.report.page import page
 
@@ -139,12 +139,12 @@ def test_the_tables_hold_the_medians_of_the_rows() -> None:
     (line,) = [
         line
         for line in markdown(results).split("## Matched, nf4")[0].splitlines()
-        if line.startswith("| diffsynth | 1")
+        if line.startswith("| diffsynth | 1") and line.endswith("of 3 |")
     ]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1].startswith(f"{(steps[74] + steps[75]) / 2:#.3g} (")
-    assert cells[3] == f"{peaks[1] / 2**30:.2f} GiB"
-    assert cells[7] == "3 of 3"
+    assert cells[4] == f"{peaks[1] / 2**30:.2f} GiB"
+    assert cells[8] == "3 of 3"
 
 
 def test_what_leads_is_said_with_whether_it_is_beyond_the_spread() -> None:
@@ -156,6 +156,101 @@ def test_what_leads_is_said_with_whether_it_is_beyond_the_spread() -> None:
     natives = [run for run in example().runs if run.backend == "native"]
     twins = [run.model_copy(update={"backend": name}) for run in natives for name in ("native", "simpletuner")]
     assert "are level" in groups(changed(example(), runs=twins))[0].headlines()[0]
+
+
+def test_memory_of_training_and_of_the_whole_run_are_told_apart_where_they_differ() -> None:
+    def loading(run: r.Run, gib: float) -> r.Run:
+        """The run with a peak before training that its steps do not reach."""
+        if run.device_memory is None:
+            return run
+        peaks = {**run.device_memory.by_phase, "cache": int(gib * 2**30)}
+        memory = run.device_memory.model_copy(update={"by_phase": peaks, "peak_bytes": max(peaks.values())})
+        return run.model_copy(update={"device_memory": memory})
+
+    runs = [loading(run, 23.07) if run.backend == "native" else run for run in example().runs]
+    results = changed(example(), runs=runs)
+    _, training, whole, _ = groups(results)[0].headlines()
+    assert training.startswith("Device memory while training: native takes least, 12.08 GiB; simpletuner")
+    assert whole.startswith("Device memory over the whole run: simpletuner takes least")
+    first = markdown(results).split("## Matched, nf4")[0]
+    (line,) = [line for line in first.splitlines() if line.startswith("| native | 0.4")]
+    assert "| 12.08 GiB | 23.07 GiB |" in line
+    assert "### Peak of device memory in each phase" in first
+    assert "23.07 GiB" in page(results)
+
+
+def test_power_and_energy_of_an_earlier_version_are_left_out_since_compiling_went_into_them() -> None:
+    def earlier(run: r.Run) -> r.Run:
+        cards = [card.model_copy(update={"samples": None}) for card in run.cards]
+        return run.model_copy(
+            update={"cards": cards, "energy": run.energy and run.energy.model_copy(update={"steps_joules": None})}
+        )
+
+    new, old = (markdown(changed(example(), runs=runs)).split("## Matched, nf4")[0] for runs in (
+        example().runs, [earlier(run) for run in example().runs]
+    ))  # fmt: skip
+    assert "655 W" in new
+    assert "J an image" in new
+    assert "energy of the run" in old
+    for told in (" W |", "J an image", "MHz"):
+        assert told not in old
+
+
+def test_what_training_took_before_its_measured_steps_is_told_beside_it() -> None:
+    def compiling(run: r.Run) -> r.Run:
+        return run.model_copy(update={"phases": {**run.phases, "train": 100.0}}) if "train" in run.phases else run
+
+    first = groups(changed(example(), runs=[compiling(run) for run in example().runs]))[0]
+    native = first.entries[0]
+    measured = [run.steps.wall_mean * 50 for run in native.good if run.steps and run.steps.wall_mean]
+    assert native.first_steps_s is not None
+    assert native.first_steps_s.median == pytest.approx(100 - sorted(measured)[1])
+    table = tables.phases(first)
+    assert table.head[table.head.index("train") + 1] == "first steps of it"
+    assert {len(row) for row in table.rows} == {len(table.head)}
+    assert "the first 10, in which trainers compile" in page(example())
+
+
+def test_rows_of_the_schedule_that_are_not_there_are_named() -> None:
+    results = changed(example(), runs=example().runs[:-1], complete=False)
+    told = f"47 rows: 38 came to their end, 4 failed, 5 refused. Not run: {example().runs[-1].key};"
+    assert told in markdown(results)
+    assert told in page(results)
+    none = changed(example(), runs=example().runs[:2], complete=False)
+    assert "and 40 more; the command" in markdown(none)
+    assert "Not run" not in markdown(example())
+
+
+def test_one_repeat_is_told_as_what_it_is() -> None:
+    runs = [run for run in example().runs if run.repeat == 0]
+    protocol = example().protocol.model_copy(update={"repeats": 1, "seeds": [0]})
+    told = markdown(changed(example(), runs=runs, protocol=protocol))
+    assert "Each trainer ran once: how far runs differ from each other is not known." in told
+    assert "Held-out loss: of one seed" in told
+    assert "- Order: 1 repeat: native, diffsynth, simpletuner, ai-toolkit; seed 0" in told
+    assert "Each trainer ran once" not in markdown(example())
+
+
+def test_a_table_of_what_is_unequal_has_the_backends_that_have_rows_and_needs_two() -> None:
+    def only(*backends: str) -> r.Results:
+        return changed(example(), runs=[run for run in example().runs if run.backend in backends])
+
+    table = tables.unequal(only("native", "diffsynth"), "matched/fp8")
+    assert table is not None
+    assert table.head == ("field", "spec", "native", "diffsynth")
+    assert tables.unequal(only("native"), "matched/fp8") is None
+
+
+def test_a_page_may_show_speed_and_memory_alone() -> None:
+    brief = leading(example(), brief=True)
+    assert brief.startswith(
+        "**Matched, fp8**\n\n| backend | s a step | images/s | memory, training | memory, whole run"
+    )
+    assert "held-out" not in brief
+    assert "held-out loss" in leading(example())
+    assert "| ai-toolkit | refused | – | – | – | – |" in brief
+    for part in brief.split("\n\n"):
+        assert len({line.count("|") for line in part.splitlines()}) == 1
 
 
 def test_a_clock_that_is_too_coarse_for_the_steps_breaks_no_report() -> None:
@@ -187,7 +282,7 @@ def test_memory_of_the_whole_card_is_marked_and_what_was_not_measured_is_no_zero
     assert "All that is in use on the card" in told
     bare = markdown(bare_results())
     assert "| native | – | – | – | – | – | – | 0 of 1: error |" in bare
-    assert "| diffsynth | – | – | – | 0.00 s | – | – | 1 of 1 |" in bare
+    assert "| diffsynth | – | – | – | – | 0.00 s | – | 1 of 1 |" in bare
     assert "nan" not in page(bare_results())
 
 

@@ -63,6 +63,13 @@ def test_a_step_lasts_from_the_end_of_the_one_before_and_pauses_are_not_its_own(
     assert measured.wall_mean == pytest.approx((1 + 1 + 1.5 + 1) / 4)
 
 
+def test_what_is_measured_begins_after_the_warm_up_and_leaves_pauses_out() -> None:
+    told = sort_out(TOLD, 100, 155)
+    assert told.measured_spans(1) == [(125, 127), (130, 132), (140, 143)]
+    assert told.measured_spans(0) == [(120, 127), (130, 132), (140, 143)]
+    assert told.measured_spans(6) == []
+
+
 def test_the_arrival_of_events_counts_for_a_trainer_that_times_few_of_its_steps() -> None:
     told = [events.PhaseStarted(phase="train", time=0), *(step(n, 2 * n, 1.0 if n == 3 else None) for n in range(1, 7))]
     measured = sort_out(told, 0, 13).measured(2)

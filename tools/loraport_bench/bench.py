@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
-import re
 import shlex
 import shutil
 import time
@@ -28,8 +27,9 @@ from loraport_bench.equal_work import with_differences
 from loraport_bench.idle import alone_on_machine
 from loraport_bench.images import Staged, planned, stage_images
 from loraport_bench.overhead import measure_overhead
+from loraport_bench.places import shortened
 from loraport_bench.quality import score_rows
-from loraport_bench.row import RECORD, Machinery, read_row, run_row, shortened
+from loraport_bench.row import RECORD, Machinery, read_row, run_row
 from loraport_bench.schedule import Job, expected_seconds, group_name, schedule
 from loraport_bench.settings import Settings
 from loraport_bench.tiers import MATCHED, MEASURED, best_effort, inequalities, make, matched
@@ -138,7 +138,9 @@ class Bench:
         from loraport_bench.report import write_reports
 
         staged, done = self.stage(), self.done()
-        runs = with_differences([done[job.key] for job in self.jobs if job.key in done])
+        # Rows are shortened as they are recorded; what was noted on them later, or by earlier versions, is here.
+        rows = [shortened(done[job.key].model_dump(mode="json"), self.folder) for job in self.jobs if job.key in done]
+        runs = with_differences(list(map(r.Run.model_validate, rows)))
         path = self.folder / RESULTS
         now = datetime.datetime.now(datetime.UTC)
         created = r.Results.read(path).created if path.exists() else now
@@ -149,7 +151,7 @@ class Bench:
             updated=now,
             complete=len(done) == len(self.jobs),
             spec_sha256=self.settings.spec_sha256,
-            spec=_without_paths(self.settings.given),
+            spec=shortened(self.settings.given, self.folder),
             protocol=self._protocol(staged),
             inequalities=self._inequalities(staged),
             runs=runs,
@@ -254,25 +256,5 @@ def summary(run: r.Run) -> str:
 
 
 def shortened_command(arguments: list[str], folder: Path) -> str:
-    """The command for the record: places of this machine shortened."""
-    short = [each.replace(str(folder), "<bench>").replace(str(Path.home()), "<home>") for each in arguments]
-    # Of any other absolute path its name: `/data/a.yaml`, and what `--set FIELD=` gives a field.
-    short = [re.sub(r"(?:^|(?<==))/(?:[^/]*/)*([^/]+)/?$", r"…/\1", each) for each in short]
-    return f"loraport {shlex.join(short)}"
-
-
-def _without_paths(given: dict[str, Any]) -> dict[str, Any]:
-    """The spec for the record: of a folder only its name."""
-
-    def short(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: short(each) for key, each in value.items()}
-        if isinstance(value, list):
-            return [short(each) for each in value]
-        if isinstance(value, str) and value.startswith("/"):
-            return f"…/{Path(value).name}"
-        return value
-
-    content = short(given)
-    assert isinstance(content, dict)
-    return content
+    """The command for the record, the places of this machine shortened."""
+    return f"loraport {shlex.join(shortened(arguments, folder))}"

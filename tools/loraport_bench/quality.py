@@ -129,9 +129,10 @@ def _quality(
         return None, notes
     memory = spec.memory
     numbers = spec.model.dtype if memory.storage == "none" else f"{spec.model.dtype}, weights in {memory.storage}"
+    computing = "" if memory.compute == "model" else f", computing in {memory.compute}"
     images = len(list(Path(spec.validation.path or "").glob("*.png")))
     quality = r.Quality(
-        evaluator=f"{scorer.name} {scorer.version}, {numbers}, computing in {memory.compute}",
+        evaluator=f"{scorer.name} {scorer.version}, {numbers}{computing}",
         triples=len(end.losses),
         images=images,
         without=statistics.fmean(alone.losses),

@@ -68,7 +68,8 @@ class Judgement(Data):
 
 
 class Configuration(Data):
-    """What exactly was run. `<bench>` stands for the bench's folder and `<home>` for the user's."""
+    """What exactly was run. `<bench>` stands for the bench's folder and `<home>` for the user's; of any other absolute
+    path, as of a local checkpoint, only the last part is kept: `…/name`."""
 
     spec: dict[str, Any] = Field(description="The resolved spec.")
     files: dict[str, str] = Field(description="Generated files, by path in the run folder.")
@@ -143,8 +144,15 @@ class Range(Data):
 
 
 class Card(Data):
-    """One of the GPUs that the run used, while its steps were trained. What the card does not tell is null."""
+    """One of the GPUs that the run used, during the measured steps: not the first ones, in which kernels may be
+    compiled. What the card does not tell is null."""
 
+    samples: int | None = Field(
+        None,
+        ge=0,
+        description="Looks at the card, one each half second. Null in files of earlier versions, whose ranges are of "
+        "all of training, first steps included; reports leave those out.",
+    )
     clock_mhz: Range | None = Field(None, description="Clock of the multiprocessors.")
     memory_clock_mhz: Range | None = Field(None, description="Clock of the memory.")
     power_w: Range | None = Field(None, description="Power.")
@@ -157,8 +165,13 @@ class Energy(Data):
     """The energy counters of the GPUs that the run used, summed; everything on them counts."""
 
     joules: float = Field(ge=0, description="Over the whole run.")
-    train_joules: float | None = Field(None, description="While steps were trained.")
-    joules_per_image: float | None = Field(None, description="train_joules by the images trained.")
+    train_joules: float | None = Field(None, description="While steps were trained, the first ones included.")
+    steps_joules: float | None = Field(None, description="During the measured steps.")
+    joules_per_image: float | None = Field(
+        None,
+        description="steps_joules by the images of those steps. In files of earlier versions, without steps_joules, "
+        "train_joules by all images; reports leave that out.",
+    )
 
 
 class Work(Data):

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from loraport_bench import records as r
 from loraport_bench.idle import is_idle, machine, wait_until_idle
 from loraport_bench.nvml import visible_cards
 from loraport_bench.outputs import keep_checkpoints, trained_parameters
+from loraport_bench.places import shortened
 from loraport_bench.process import Ended, own_environment, run_watched
 from loraport_bench.results import versions
 from loraport_bench.sampling import (
@@ -220,10 +221,8 @@ def _numbers(
 ) -> dict[str, Any]:
     """The measured part of a record; adds to `notes`."""
     samples, a_step, steps = ended.samples, images_a_step(made), told.measured(settings.warm_up)
-    train = [span for span in told.spans if span[0] == "train"]
-    in_training = [
-        [one for one in card if any(start <= one.time <= end for _, start, end in train)] for card in samples.cards
-    ]
+    measured = told.measured_spans(settings.warm_up)
+    in_steps = [[one for one in card if any(a <= one.time <= b for a, b in measured)] for card in samples.cards]
     if steps is not None and steps.wall_mean and abs(steps.seconds.mean / steps.wall_mean - 1) > 0.05:
         notes.append(
             f"The trainer's clock says {steps.seconds.mean:.3f} s a step on average; from outside it was "
@@ -249,8 +248,8 @@ def _numbers(
         "host_memory": trace(samples.host, "processes", told.spans, ended.began),
         "torch_peaks": peaks,
         "disk": _disk(samples, told, run_dir, lora),
-        "cards": [_card(card) for card in in_training if card],
-        "energy": _energy(samples.cards, ended, train, len(told.steps) * a_step),
+        "cards": [_card(card) for card in in_steps if card],
+        "energy": _energy(samples.cards, ended, told, settings.warm_up, a_step),
         "work": _work(made, told, lora),
         "losses": told.losses(a_step),
     }
@@ -290,24 +289,28 @@ def _card(samples: list[CardSample]) -> r.Card:
         return None if found is None else r.Range(low=found[0], median=found[1], high=found[2])
 
     names = ("clock_mhz", "memory_clock_mhz", "power_w", "temperature_c", "utilisation_percent")
-    return r.Card(**{name: seen(name) for name in names}, throttled=throttled(samples))
+    return r.Card(samples=len(samples), **{name: seen(name) for name in names}, throttled=throttled(samples))
 
 
-def _energy(cards: list[list[CardSample]], ended: Ended, train: list[Span], images: int) -> r.Energy | None:
-    """Of all cards; None when one of them has no counter."""
+def _energy(cards: list[list[CardSample]], ended: Ended, told: Told, warm_up: int, a_step: int) -> r.Energy | None:
+    """Of all cards; None when one of them has no counter. `a_step`: images of an optimizer step."""
 
-    def spent(start: float, end: float) -> float | None:
-        each = [energy_between(samples, start, end) for samples in cards]
+    def spent(spans: Iterable[tuple[float, float]]) -> float | None:
+        each = [energy_between(samples, start, end) for start, end in spans for samples in cards]
         return None if None in each or not each else sum(one for one in each if one is not None)
 
-    whole = spent(ended.began, ended.ended)
+    whole = spent([(ended.began, ended.ended)])
     if whole is None:
         return None
-    parts = [spent(start, end) for _, start, end in train]
-    training = sum(part for part in parts if part is not None) if parts else None
-    per_image = round(training / images, 3) if training is not None and images else None
-    rounded = None if training is None else round(training, 1)
-    return r.Energy(joules=round(whole, 1), train_joules=rounded, joules_per_image=per_image)
+    training = spent((start, end) for name, start, end in told.spans if name == "train")
+    measured = spent(told.measured_spans(warm_up))
+    images = a_step * sum(step.step > warm_up for step in told.steps)
+    return r.Energy(
+        joules=round(whole, 1),
+        train_joules=None if training is None else round(training, 1),
+        steps_joules=None if measured is None else round(measured, 1),
+        joules_per_image=None if measured is None or not images else round(measured / images, 3),
+    )
 
 
 def trace(samples: list[tuple[float, int]], scope: Any, spans: Iterable[Span], began: float) -> r.Trace | None:
@@ -347,23 +350,6 @@ def configuration(made: Plan, folder: Path) -> r.Configuration:
     """What exactly is run."""
     content = {"spec": made.spec.model_dump(mode="json"), "files": made.files, "command": made.command, "env": made.env}
     return r.Configuration(**shortened(content, folder))
-
-
-def shortened(value: Any, folder: Path) -> Any:
-    """What is recorded, with the places of this machine in it called by names; `folder` is the bench's."""
-    return _shortened(value, {str(folder): "<bench>", sys.executable: "python", str(Path.home()): "<home>"})
-
-
-def _shortened(value: Any, places: Mapping[str, str]) -> Any:
-    """The value with every text in it freed from the paths of this machine."""
-    if isinstance(value, dict):
-        return {key: _shortened(each, places) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_shortened(each, places) for each in value]
-    if isinstance(value, str):
-        for path, name in places.items():
-            value = value.replace(path, name)
-    return value
 
 
 def _versions(backend_name: str, made: Plan) -> dict[str, str]:

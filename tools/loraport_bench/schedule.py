@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from loraport_bench.records import Run, Tier
+from loraport_bench.records import Protocol, Run, Tier
 from loraport_bench.settings import Settings
 
 
@@ -42,8 +42,9 @@ def group_name(tier: str, profile: str, batch: int) -> str:
     return f"{tier}/{profile}" + ("" if batch == 1 else f"/batch-{batch}")
 
 
-def schedule(settings: Settings) -> list[Job]:
-    """All trainings, in order. Each repeat takes the next seed, and every odd one the backends backwards."""
+def schedule(settings: Settings | Protocol) -> list[Job]:
+    """All trainings, in order, as they are asked for or as a bench's protocol has them. Each repeat takes the next
+    seed, and every odd one the backends backwards."""
     jobs = []
     for repeat in range(settings.repeats):
         seed = settings.seeds[repeat % len(settings.seeds)]

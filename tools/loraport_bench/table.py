@@ -28,7 +28,7 @@ def printed(path: Path, brief: bool = False) -> str:
     """The tables of a file in Markdown, the short ones where asked: of `loraport bench step`, or, where it is called
     results.json, of a bench of trainers. Raises DataError for a file that is neither."""
     if path.name == RESULTS:
-        return leading(Results.read(path))
+        return leading(Results.read(path), brief)
     return (short if brief else markdown)(DataFile(path))
 
 
@@ -143,7 +143,7 @@ def _step_line(row: Row, file: DataFile) -> list[str]:
         return [row.name, line["status"], *["–"] * (len(STEP_HEAD) - 2)]
     step, bar, floor = line["step_s"], row.bar, line.get("floor", {})
     seconds, peak = step["median"], line["peak_allocated_gib"]
-    ratio, other = line.get("times_stock"), file.good(bar.of) if bar.of else None
+    ratio, other = line.get("times_stock"), file.beside(bar.of, line) if bar.of else None
     return [
         row.name + (f" ({row.batch} images)" if row.batch > 1 else ""),
         f"{seconds:.3f} ({step['p10']:.3f} to {step['p90']:.3f})",

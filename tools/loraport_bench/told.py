@@ -69,6 +69,17 @@ class Told:
         ]
         return thinned(points, _MOST_LOSSES)
 
+    def measured_spans(self, warm_up: int) -> list[tuple[float, float]]:
+        """(beginning, end) of what was trained from the end of the warm-up to that of the last step, without pauses;
+        empty when no step was measured."""
+        before = [step.time for step in self.steps if step.step <= warm_up]
+        after = [step.time for step in self.steps if step.step > warm_up]
+        if not after:
+            return []
+        since, until = max(before, default=0.0), max(after)
+        spans = [(max(start, since), min(end, until)) for name, start, end in self.spans if name == "train"]
+        return [(start, end) for start, end in spans if start < end]
+
     def measured(self, warm_up: int) -> Steps | None:
         """Seconds of the steps after the warm-up; None when there is none."""
         outside = [seconds for step, seconds in self.gaps.items() if step > warm_up]

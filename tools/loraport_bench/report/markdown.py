@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from loraport_bench.records import Results
 from loraport_bench.report import tables, words
@@ -32,10 +33,12 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def leading(results: Results) -> str:
-    """The first table of each group alone, under its title: for a page that names the whole report."""
+def leading(results: Results, brief: bool = False) -> str:
+    """The first table of each group alone, under its title: for a page that names the whole report. `brief`: speed,
+    memory and time alone."""
     found = groups(results)
-    return "\n\n".join(f"**{escaped(group.title)}**\n\n{_table(tables.headline(group))}" for group in found) + "\n"
+    parts = [f"**{escaped(group.title)}**\n\n{_table(tables.headline(group, brief))}" for group in found]
+    return "\n\n".join(parts) + "\n"
 
 
 def _versions(results: Results) -> list[str]:
@@ -47,8 +50,13 @@ def _group(group: Group, results: Results) -> list[str]:
     parts = [f"## {escaped(group.title)}", "\n".join(f"- {escaped(each)}" for each in group.headlines())]
     parts += [_table(tables.headline(group)), *(escaped(each) for each in words.under_headline(group, results))]
     if group.phases:
-        parts += [f"### {tables.phases(group).caption}", _table(tables.phases(group))]
-    for table in (tables.resources(group), tables.work(group), tables.unequal(results, group.name)):
+        parts += [f"### {tables.phases(group).caption}", _table(tables.phases(group)), *words.under_phases(group)]
+    for table in (
+        tables.memory(group),
+        tables.resources(group),
+        tables.work(group),
+        tables.unequal(results, group.name),
+    ):
         if table and table.rows:
             parts += [f"### {escaped(table.caption)}", _table(table)]
     return [part for part in parts if part]
@@ -63,8 +71,7 @@ def _rule(table: Table, at: int) -> str:
     return "---" if at == 0 or table.head[at] in table.words else "---:"
 
 
-def _line(cells: object) -> str:
-    assert isinstance(cells, tuple)
+def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(escaped(cell) for cell in cells) + " |"
 
 

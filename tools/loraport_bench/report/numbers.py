@@ -80,7 +80,27 @@ class Entry:
 
     @cached_property
     def joules_per_image(self) -> Numbers | None:
-        return numbers(run.energy.joules_per_image if run.energy else None for run in self.good)
+        """Of the measured steps; not what earlier versions recorded, into which compiling went."""
+        told = [run.energy for run in self.good if run.energy and run.energy.steps_joules is not None]
+        return numbers(each.joules_per_image for each in told)
+
+    @cached_property
+    def joules(self) -> Numbers | None:
+        """Of whole runs."""
+        return numbers(run.energy.joules if run.energy else None for run in self.good)
+
+    def device_in(self, phase: PhaseName) -> Numbers | None:
+        """Peaks of device memory in a phase, bytes."""
+        return numbers(run.device_memory.by_phase.get(phase) if run.device_memory else None for run in self.good)
+
+    @cached_property
+    def first_steps_s(self) -> Numbers | None:
+        """Seconds of training before the measured steps: what is left of the phase without those."""
+        return numbers(
+            max(0.0, run.phases["train"] - run.steps.wall_mean * (run.work.steps - run.steps.warm_up))
+            for run in self.good
+            if run.steps and run.steps.wall_mean and run.work and "train" in run.phases
+        )
 
     @cached_property
     def loss(self) -> Numbers | None:
@@ -142,9 +162,20 @@ class Group:
         """A sentence each on speed, memory and quality: who leads, and whether beyond the spread of the repeats."""
         return [
             *_lead(self.entries, lambda one: one.step_s, _speed),
-            *_lead(self.entries, lambda one: one.device_bytes, _memory),
+            *self._memory_headlines(),
             *_lead(self.entries, lambda one: one.loss, _quality(self.without)),
         ]
+
+    def _memory_headlines(self) -> list[str]:
+        """Of training and of the whole run apart where these differ: caching and loading may take more."""
+        training, whole = (
+            _lead(self.entries, of, _memory)
+            for of in (lambda one: one.device_in("train"), lambda one: one.device_bytes)
+        )
+        if training == whole:
+            return [f"Device memory: {text}" for text in whole]
+        told = (("Device memory while training", training), ("Device memory over the whole run", whole))
+        return [f"{what}: {text}" for what, texts in told for text in texts]
 
 
 def groups(results: Results) -> list[Group]:
@@ -181,8 +212,8 @@ def _speed(first: str, lead: Numbers, second: str, behind: Numbers) -> str:
 
 def _memory(first: str, lead: Numbers, second: str, behind: Numbers) -> str:
     if not lead.apart_from(behind):
-        return f"Device memory: {first} and {second} are level, at {gib(lead.median)} and {gib(behind.median)}."
-    return f"Device memory: {first} takes least, {gib(lead.median)}; {second}, the next, takes {gib(behind.median)}."
+        return f"{first} and {second} are level, at {gib(lead.median)} and {gib(behind.median)}."
+    return f"{first} takes least, {gib(lead.median)}; {second}, the next, takes {gib(behind.median)}."
 
 
 def _quality(without: float | None) -> Callable[[str, Numbers, str, Numbers], str]:

@@ -41,6 +41,7 @@ class Chapter:
     plots: list[Plot]
     losses: list[Plot]
     more: list[Table]
+    under_more: list[str]
     backends: list[tuple[str, Markup]]
     phases: list[tuple[str, str]]
 
@@ -98,7 +99,12 @@ def _chapter(group: Group, results: Results) -> Chapter:
         words.under_headline(group, results),
         _plots(group, backends),
         _losses(group, backends),
-        [table for table in (tables.phases(group), tables.resources(group), tables.work(group)) if table.rows],
+        [
+            table
+            for table in (tables.phases(group), tables.memory(group), tables.resources(group), tables.work(group))
+            if table.rows
+        ],
+        words.under_phases(group),
         [(one.backend, charts.key(charts.place_of(backends, one.backend))) for one in group.entries],
         [(tables.phase_title(name), charts.PHASE_COLOURS[name]) for name in group.phases],
     )

@@ -10,6 +10,10 @@ from loraport_bench.records import Card, Protocol, Results, Run
 from loraport_bench.report.numbers import Entry, Group, gib, joules, numbers, ranged, seconds
 from loraport_bench.schedule import group_name
 
+FIRST_STEPS = "first steps of it"  #: the column of what training took before the measured steps
+#: Looks at a card below which its power and clock are not told.
+_FEW_SAMPLES = 5
+
 
 @dataclass(frozen=True)
 class Table:
@@ -26,28 +30,31 @@ class Table:
         return all(len(row[0]) <= 14 for row in self.rows)
 
 
-def headline(group: Group) -> Table:
-    """Each backend's speed, memory, time, energy and quality."""
-    head = ("backend", "s a step", "images/s", "device memory", "whole run", "J an image", "held-out loss", "repeats")
+def headline(group: Group, brief: bool = False) -> Table:
+    """Each backend's speed, memory, time, energy and quality; speed, memory and time alone where `brief`."""
+    energy = any(one.joules_per_image for one in group.entries)
+    head = ["backend", "s a step", "images/s", "memory, training", "memory, whole run", "whole run"]
+    if not brief:
+        head += [*(["J an image"] * energy), "held-out loss", "repeats"]
     rows = []
     for one in group.entries:
         repeats = f"{len(one.good)} of {len(one.runs)}"
         if not one.good:
-            rows.append((one.backend, *["–"] * 6, f"{repeats}: {one.why_not}"))
+            why = (one.why_not, "–") if brief else ("–", f"{repeats}: {one.why_not}")
+            rows.append((one.backend, why[0], *["–"] * (len(head) - 3), why[1]))
             continue
-        speed = one.images_per_second
-        rows.append(
-            (
-                one.backend,
-                ranged(one.step_s, _bare),
-                _bare(speed.median) if speed else "–",
-                f"{gib(one.device_bytes.median)}{_scope(one)}" if one.device_bytes else "–",
-                seconds(one.total_s.median) if one.total_s else "–",
-                joules(one.joules_per_image.median) if one.joules_per_image else "–",
-                _loss(one),
-                repeats,
-            )
-        )
+        speed, training = one.images_per_second, one.device_in("train")
+        cells = [
+            ranged(one.step_s, _bare),
+            _bare(speed.median) if speed else "–",
+            f"{gib(training.median)}{_scope(one)}" if training else "–",
+            f"{gib(one.device_bytes.median)}{_scope(one)}" if one.device_bytes else "–",
+            seconds(one.total_s.median) if one.total_s else "–",
+            *([joules(one.joules_per_image.median) if one.joules_per_image else "–"] * energy),
+            _loss(one),
+            repeats,
+        ]
+        rows.append((one.backend, *cells[: len(head) - 1]))
     return Table(group.title, head, rows, frozenset({"repeats"}))
 
 
@@ -67,14 +74,32 @@ def _loss(one: Entry) -> str:
 
 
 def phases(group: Group) -> Table:
-    """Median seconds of each phase."""
+    """Median seconds of each phase, and what of training went before the measured steps."""
     names = group.phases
+    first = any(one.first_steps_s for one in group.entries)
     rows = []
     for one in group.entries:
         if one.good:
-            found = [one.phase(name) for name in names]
-            rows.append((one.backend, *(f"{each.median:,.1f}" if each else "–" for each in found)))
-    return Table("Seconds in each phase (median of the repeats)", ("backend", *map(phase_title, names)), rows)
+            cells = [f"{each.median:,.1f}" if (each := one.phase(name)) else "–" for name in names]
+            if first:
+                extra = f"{one.first_steps_s.median:,.1f}" if one.first_steps_s else "–"
+                cells.insert(names.index("train") + 1, extra)
+            rows.append((one.backend, *cells))
+    head = [phase_title(name) for name in names]
+    if first:
+        head.insert(names.index("train") + 1, FIRST_STEPS)
+    return Table("Seconds in each phase (median of the repeats)", ("backend", *head), rows)
+
+
+def memory(group: Group) -> Table:
+    """The peak of device memory in each phase; no rows where none was measured."""
+    names = [name for name in group.phases if any(one.device_in(name) for one in group.entries)]
+    rows = [
+        (one.backend, *(gib(each.median) if (each := one.device_in(name)) else "–" for name in names))
+        for one in group.entries
+        if one.good and one.device_bytes
+    ]
+    return Table("Peak of device memory in each phase", ("backend", *map(phase_title, names)), rows)
 
 
 def phase_title(name: str) -> str:
@@ -82,8 +107,10 @@ def phase_title(name: str) -> str:
 
 
 def resources(group: Group) -> Table:
-    """What else a run takes and did."""
-    head = ("backend", "host memory", "torch allocated", "torch reserved", "written", "cache", "LoRA", "power", "clock")
+    """What else a run takes and did; power and clock of the measured steps, where a card was looked at often enough."""
+    told = any(_seen(run) for one in group.entries for run in one.good)
+    sizes = ("host memory", "torch allocated", "torch reserved", "written", "cache", "LoRA")
+    head = ("backend", *sizes, "energy of the run", *(("power", "clock") if told else ()))
     rows = []
     for one in group.entries:
         if not one.good:
@@ -91,7 +118,7 @@ def resources(group: Group) -> Table:
         runs = one.good
         peaks = [run.torch_peaks for run in runs if run.torch_peaks]
         disks = [run.disk for run in runs if run.disk]
-        cards = [run.cards for run in runs if run.cards]
+        cards = [run.cards for run in runs if _seen(run)]
         cells = [
             one.host_bytes,
             numbers(each.allocated_bytes for each in peaks),
@@ -106,11 +133,16 @@ def resources(group: Group) -> Table:
             (
                 one.backend,
                 *(gib(each.median) if each else "–" for each in cells),
-                f"{power.median:.0f} W" if power else "–",
-                f"{clock.median:.0f} MHz" if clock else "–",
+                joules(one.joules.median) if one.joules else "–",
+                *([f"{power.median:.0f} W" if power else "–", f"{clock.median:.0f} MHz" if clock else "–"] * told),
             )
         )
     return Table("What else it takes (medians of the repeats)", head, rows)
+
+
+def _seen(run: Run) -> bool:
+    """Whether the cards were looked at often enough while steps were measured."""
+    return bool(run.cards) and all((card.samples or 0) >= _FEW_SAMPLES for card in run.cards)
 
 
 def _power(cards: Sequence[Card]) -> float | None:
@@ -171,7 +203,7 @@ def unfinished(results: Results) -> Table | None:
             run.failure.reason.replace("-", " "),
             run.failure.message,
             "–" if run.failure.exit_code is None else str(run.failure.exit_code),
-            seconds(run.total_s),
+            "not begun" if run.status == "refused" else seconds(run.total_s),
         )
         for run in results.runs
         if run.failure
@@ -193,7 +225,7 @@ def every_run(results: Results) -> Table:
             else "–",
             run.steps.measured if run.steps else "–",
             f"{gib(run.device_memory.peak_bytes)} ({run.device_memory.scope})" if run.device_memory else "–",
-            seconds(run.total_s),
+            "–" if run.status == "refused" else seconds(run.total_s),
             f"{run.quality.loss:.4f}" if run.quality else "–",
         )
         for run in results.runs
@@ -207,11 +239,14 @@ def _ending(run: Run) -> str:
 
 
 def unequal(results: Results, group: str) -> Table | None:
-    """What is still different in a group; None when nothing is."""
+    """What is still different between the backends that have rows in a group; None when nothing is."""
     found = results.inequalities.get(group, [])
     if not found:
         return None
-    names = list(dict.fromkeys(name for each in found for name in each.backends))
+    there = {run.backend for run in results.runs if group_name(*run.group) == group}
+    names = [name for name in dict.fromkeys(name for each in found for name in each.backends) if name in there]
+    if len(names) < 2:  # nothing to be compared with
+        return None
     rows = [(each.path, _plain(each.value), *(each.backends.get(name, "–") for name in names)) for each in found]
     return Table(f"Still different in {group}", ("field", "spec", *names), rows, frozenset({"spec", *names}))
 
@@ -237,12 +272,12 @@ def protocol(results: Results) -> list[tuple[str, str]]:
 
 def _protocol(told: Protocol, spec_sha256: str, command: str) -> list[tuple[str, str]]:
     seeds = ", ".join(map(str, told.seeds))
-    repeats = "1 repeat" if told.repeats == 1 else f"{told.repeats} repeats"
+    order = f"{told.repeats} repeats, forwards and backwards in turn" if told.repeats > 1 else "1 repeat"
     sizes = " or ".join(map(str, told.images_a_step))
     sets, most = (f" in {told.sets} sets", "most ") if told.sets > 1 else ("", "")
     batch = "1 image" if told.images_a_step == [1] else f"{sizes} images"
     return [
-        ("Order", f"{repeats}, forwards and backwards in turn: {', '.join(told.backends)}; seeds {seeds}"),
+        ("Order", f"{order}: {', '.join(told.backends)}; {'seeds' if len(told.seeds) > 1 else 'seed'} {seeds}"),
         (
             "Steps",
             f"{told.steps:,} optimizer steps a run, of {batch} each, of which the first {told.warm_up} are not timed",

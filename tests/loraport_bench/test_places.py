@@ -1,0 +1,54 @@
+"""What is written down of a bench tells no place of the machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from loraport_bench.places import shortened
+
+BENCH = Path("/data/out")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("/models/full16", "…/full16"),
+        ("/models/my full model/", "…/my full model"),
+        ("model.checkpoint=/models/my model", "model.checkpoint=…/my model"),
+        ("/models/full16, exact", "…/full16, exact"),
+        ('{"path": "/models/a/b.bin:8", "more": ["/models/c"]}', '{"path": "…/b.bin:8", "more": ["…/c"]}'),
+        ("checkpoint: /models/full16\nimages: '/data/mine'\n", "checkpoint: …/full16\nimages: '…/mine'\n"),
+        ("/usr/lib:/opt/lib64", "…/lib:…/lib64"),
+        ("No file /models/a.safetensors.", "No file …/a.safetensors."),
+        ("file:///models/a", "file://…/a"),
+        ("/data/out/rows/a/run", "<bench>/rows/a/run"),
+        ("/data/output/rows", "…/rows"),
+        (f"{sys.executable} -m trainer", "python -m trainer"),
+        (str(Path.home() / ".cache" / "x"), "<home>/.cache/x"),
+    ],
+)  # fmt: skip
+def test_an_absolute_path_is_told_by_its_last_part(given: str, wanted: str) -> None:
+    assert shortened(given, BENCH) == wanted
+    assert shortened({"a": [given], given: 1}, BENCH) == {"a": [wanted], wanted: 1}
+    assert shortened(wanted, BENCH) == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "ideogram-ai/ideogram-4-fp8",
+            "https://example.org/a/b",
+            "backend/config.json",
+            "./a/b",
+            "../a",
+            "~/models/a",
+        ),
+        *("images/s", "this / that", "$HOME/a", "${PLACE}/a", "*/a.json", "<bench>/data", "…/a.yaml", "/", "", "1/2"),
+    ],
+)
+def test_what_is_no_place_of_this_machine_stays_as_it_is(text: str) -> None:
+    assert shortened(text, BENCH) == ("…/" if text == "/" else text)

@@ -1,0 +1,50 @@
+"""Places of this machine out of what is written down of a bench: results are made to be shared."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+#: An absolute path within a text: not the rest of a relative one, of a URL or of one that is shortened already.
+_ABSOLUTE = re.compile(r"(?:(?<=file://)|(?<![\w./…>~)}\]*-]))/(?:[\w.@+~-]+/)*[\w.@+~-]*[\w@+~-]")
+#: A text, or what an option or a field is given, that is an absolute path and nothing else; spaces may be in it.
+_WHOLE = re.compile(r"(?:^|(?<==))/[^\n]*$")
+
+
+def shortened(value: Any, folder: Path | None = None) -> Any:
+    """What is recorded, with the places of this machine in it called by names.
+
+    `folder`, the bench's, becomes `<bench>`, the user's `<home>`, this interpreter `python`; of any other absolute
+    path, as of a local checkpoint, the last part is kept: `…/name`. Names of fields are shortened like values.
+    """
+    known = {str(folder): "<bench>"} if folder is not None else {}
+    known |= {sys.executable: "python", str(Path.home()): "<home>"}
+    return _shortened(value, {path: name for path, name in known.items() if path.strip("/")})
+
+
+def _shortened(value: Any, known: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {_shortened(key, known): _shortened(each, known) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shortened(each, known) for each in value]
+    return _text(value, known) if isinstance(value, str) else value
+
+
+def _text(text: str, known: Mapping[str, str]) -> str:
+    for path, name in known.items():
+        text = re.sub(rf"(?<![\w.]){re.escape(path)}(?![\w.-])", name, text)
+    if (whole := _WHOLE.search(text)) and not _has_prose(whole[0]):
+        return text[: whole.start()] + _last(whole[0])
+    return _ABSOLUTE.sub(lambda found: _last(found[0]), text)
+
+
+def _has_prose(path: str) -> bool:
+    """Whether a text that begins like a path goes on with something else: another path, or a sentence."""
+    return any(mark in path for mark in (", ", ": ", ":/", " /", '"', "'"))
+
+
+def _last(path: str) -> str:
+    return f"…/{path.rstrip('/').rpartition('/')[2]}"

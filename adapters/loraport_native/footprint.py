@@ -4,7 +4,7 @@ Each phase is a sum of terms, and each term follows from what the code holds at 
 optimizer are counted exactly; activations are counted in *states*, one being the hidden states of a batch: tokens ×
 width numbers in model.dtype. How many states an eager block takes was counted by running it on the meta device and
 following every storage; what a compiled one keeps, by reading it. Only a compiled block's temporaries (`WORK`,
-`FORWARD_WORK`, `WIDENED`) are fitted to the measured rows in docs/benchmarks.
+`FORWARD_WORK`) are fitted to the measured rows in docs/benchmarks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ UPDATES = 2.5
 #: The same of a forward pass, of which a compiled block gives all that it keeps at its end, also if it is recomputed.
 FORWARD_WORK = {False: 15.0, True: 4.3}
 FORWARD = 16.0  #: states at the fullest moment of a block's pass without gradients
-WIDENED = {False: 1, True: 4}  #: stored weights, of the largest's size, that are there in model.dtype at once
 #: Full-size maps that the VAE has alive, in its first layer's channels: three to encode (`latents.ALIVE`), three of
 #: twice the channels to decode. To encode, cuDNN takes two more to work in (measured on an H200 at 768 and 1024 px).
 VAE_ENCODES, VAE_DECODES = 3, 6
@@ -196,7 +195,7 @@ class Run:
         # In float32 the gradients of the live factors are those that are summed.
         waiting = summed if self.masters and self.spec.train.gradient_accumulation > 1 else 0
         block, work = self._kept(), self._work()
-        each = {"none": block + self._kept_wide(), "selective": 2 * self._state(), "full": self._state()}[checkpointing]
+        each = {"none": block, "selective": 2 * self._state(), "full": self._state()}[checkpointing]
         on_device = min(blocks, 2) if self.spec.memory.offload == "group+activations" else blocks
         if checkpointing != "none":
             on_device -= 1  # the last block is never recomputed
@@ -297,15 +296,7 @@ class Run:
             return 0.0
         if self.spec.lora.dora:  # widened to float32, and from that to what it is computed in
             return largest * (4 + self.number)
-        return largest * (WIDENED[self.compiled] * self.number if memory.compute == "model" else 1)
-
-    def _kept_wide(self) -> float:
-        """Bytes of a block's weights as they were unpacked: a compiled forward pass keeps them for the backward pass,
-        which has the same use for them, where nothing is recomputed."""
-        memory = self.spec.memory
-        if not self.compiled or memory.storage == "none" or memory.compute != "model":
-            return 0.0
-        return sum(outputs * inputs for outputs, inputs in self.dimensions.block_linears.values()) * self.number
+        return largest * (self.number if memory.compute == "model" else 1)
 
     def _upwards(self) -> float:
         """Bytes of the blocks that the forward pass has on the device besides `SLOTS` (`stream.slots_upwards`)."""

@@ -25,6 +25,10 @@ _ATTENTION = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+#: One in so many blocks, the last of those that are recomputed in full, is recomputed from outside of its compiled code:
+#: by two graphs, whose border lets the compiler keep less than within one. Nowhere else is it needed: most is in memory
+#: during the backward passes of the last blocks, when the inputs of all others are still there.
+_FROM_OUTSIDE = 8
 _MARGIN = 0.04  #: share of a card's memory that auto leaves for fragmentation and what the probe did not see
 
 
@@ -41,16 +45,22 @@ def recompute(model: Ideogram4, mode: str, blocks: int | None = None) -> None:
 
         config.fallback_random = True
     keep = partial(keeping, mode == "selective", draws)
+    outside = chosen[len(chosen) - len(model.layers) // _FROM_OUTSIDE :] if mode == "full" else range(0)
     for number, block in enumerate(model.blocks()):
-        block.passing = keep if number in chosen else None
+        block.passing = keep if number in chosen and number not in outside else None
+
+    def run_block(number: int, block: nn.Module, *inputs: Any) -> Tensor:
+        return keep(block, *inputs) if number in outside and torch.is_grad_enabled() else block(*inputs)
+
+    model.run_block = run_block
 
 
 def keeping(attention: bool, draws: bool, forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """Run a block's forward pass keeping its inputs and, where asked, what attention gave.
 
-    Inside the block, so that a compiled one is compiled together with it: the passes are then one graph each, which the
-    host queues in one go, and the policy sees what it decides on. A compiled block has a policy also where nothing else
-    is kept: without one the compiler of torch 2.11 keeps all that autograd functions give.
+    Mostly inside the block, so that a compiled one is compiled together with it: the passes are then one graph each,
+    which the host queues in one go, and the policy sees what it decides on. What is compiled has a policy also where
+    nothing else is kept: without one the compiler of torch 2.11 keeps all that autograd functions give.
     """
     policy: dict[str, Any] = {}
     if attention or torch.compiler.is_compiling():

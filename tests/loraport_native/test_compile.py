@@ -17,6 +17,7 @@ from tiny_steps import model_with, step
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
 
+from loraport_native import recompute
 from loraport_native.compile import compile_model
 from loraport_native.lora import Adapter
 from loraport_native.models.ideogram4 import Ideogram4
@@ -69,7 +70,7 @@ def test_compiled_blocks_compute_what_plain_ones_do(
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
 
 
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize(("mode", "from_outside"), [("full", 8), ("full", 1), ("selective", 8)])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -81,8 +82,10 @@ def test_compiled_blocks_compute_what_plain_ones_do(
     ids=lambda given: "-".join(map(str, given.values())),
 )
 def test_a_compiled_block_keeps_no_more_than_recomputation_lets_it(
-    tiny_official: Path, settings: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
+    tiny_official: Path, settings: dict[str, Any], mode: str, from_outside: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wanted = step(*model_with(tiny_official, gradient_checkpointing=mode, **settings))
+    monkeypatch.setattr(recompute, "_FROM_OUTSIDE", from_outside)
     counting(monkeypatch, "aot_eager")
     model, adapter = compiled(tiny_official, gradient_checkpointing=mode, **settings)
     kept: list[list[tuple[int, ...]]] = []
@@ -105,11 +108,13 @@ def test_a_compiled_block_keeps_no_more_than_recomputation_lets_it(
         return result
 
     model.run_block = run_block
-    step(model, adapter)
+    found = step(model, adapter)
     batch, tokens, heads, width = 2, 5 + 4 * 4, 2, 64
     attention = [(batch, heads, tokens), (batch, heads, tokens, width)]  # its result, and what its backward pass needs
     assert kept[:-1] == [attention if mode == "selective" else []] * 2
     assert len(kept[-1]) > len(attention), "the last is not recomputed"
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import os
@@ -33,6 +34,7 @@ class DataFile:
         self.path = path
         self._lock = threading.Lock()
         self._whole = 0  # bytes of whole lines; what a killed session tore comes after them
+        self.lines: list[dict[str, Any]] = []
         self.rows: dict[Key, dict[str, Any]] = {}
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         for number, line in enumerate(lines, start=1):
@@ -66,8 +68,19 @@ class DataFile:
         row = self.rows.get((name, seed))
         return row if row is not None and row["status"] == "ok" else None
 
+    def beside(self, name: str, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The line of the row `name` that was measured nearest in time to `row`, and so most likely on the same
+        machine and code."""
+        found = [line for line in self.lines if line["row"] == name and line["status"] == "ok"]
+        return min(found, key=lambda line: abs(_moment(line) - _moment(row)), default=None)
+
     def _take(self, row: dict[str, Any]) -> None:
+        self.lines.append(row)
         self.rows[row["row"], row.get("seed")] = row
+
+
+def _moment(row: dict[str, Any]) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(row["date"])
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,8 @@ from loraport_bench import measure, table
 from loraport_bench.floor import Dimensions, floor_gib, floor_seconds, tokens
 from loraport_bench.measure import Bench, Held, spec_of, spread, summarise
 from loraport_bench.monitor import DeviceMonitor
+from loraport_bench.places import shortened
+from loraport_bench.records import Results
 from loraport_bench.report.numbers import groups
 from loraport_bench.results import DataFile
 from loraport_bench.rows import QUALITY_ROWS, ROWS, Bar, Row
@@ -233,6 +235,10 @@ def test_a_page_gets_its_tables_from_the_file_between_the_markers(data: DataFile
     trainers = table.fill(page)
     assert "**Matched, fp8**\n\n| backend | s a step |" in trainers
     assert trainers.count("**") == 2 * len(groups(example()))
+    assert "held-out loss" in trainers
+    page.write_text("<!-- bench: trainers/results.json short -->\n<!-- /bench -->\n")
+    assert "held-out loss" not in table.fill(page)
+    assert "| memory, training | memory, whole run | whole run |" in table.fill(page)
     page.write_text("<!-- bench: gone.jsonl -->\n<!-- /bench -->\n")
     with pytest.raises(DataError, match=r"gone\.jsonl"):
         table.fill(page)
@@ -242,6 +248,13 @@ def test_a_page_gets_its_tables_from_the_file_between_the_markers(data: DataFile
 def test_the_numbers_in_our_own_pages_are_those_of_the_data_files(page: str) -> None:
     path = Path(__file__).parents[2] / page
     assert table.fill(path) == path.read_text(encoding="utf-8"), f"run: loraport bench table --into {page}"
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "docs" / "benchmarks").glob("*/results.json")))
+def test_the_benches_that_are_kept_read_and_tell_no_place_of_a_machine(path: Path) -> None:
+    assert Results.read(path).runs
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert shortened(content) == content
 
 
 def test_rows_that_share_a_stock_recipe_are_of_one_size_and_bars_name_rows_that_are_there() -> None:

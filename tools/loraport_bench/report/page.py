@@ -133,7 +133,8 @@ def _plots(group: Group, backends: Sequence[str]) -> list[Plot]:
             Axis("peak of device memory, GiB", lambda value: f"{value:.2f} GiB"),
             f"Peak of device memory, {group.title}",
         )
-        plots.append(Plot("Device memory", picture, "From outside. Dots: the peaks of the repeats."))
+        caption = "Over the whole run, from outside. Dots: the peaks of the repeats."
+        plots.append(Plot("Device memory", picture, caption))
     kind, of = ("device", _device) if any(one.device_bytes for one in entries) else ("host", _host)
     memory = _curves(group, backends, of)
     if memory:

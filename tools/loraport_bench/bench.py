@@ -215,7 +215,7 @@ class Bench:
             sets=len(image_sets(content.dataset)),
             resolution=largest_resolution(content.dataset),
             images_a_step=[batch * train.gradient_accumulation * train.gpus for batch in settings.batches],
-            text_tokens=f"the captions as they are, at most {content.dataset.max_text_tokens}",
+            text_tokens=f"the captions as they are, at most {content.dataset.max_text_tokens} tokens",
             sampling_s=settings.sampling_s,
             time_limit_s=settings.time_limit_s,
             matched_fields=list(MATCHED),

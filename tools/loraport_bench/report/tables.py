@@ -47,8 +47,8 @@ def headline(group: Group, brief: bool = False) -> Table:
         cells = [
             ranged(one.step_s, _bare),
             _bare(speed.median) if speed else "–",
-            f"{gib(training.median)}{_scope(one)}" if training else "–",
-            f"{gib(one.device_bytes.median)}{_scope(one)}" if one.device_bytes else "–",
+            f"{gib(training.median)}{_scope(one.scopes)}" if training else "–",
+            f"{gib(one.device_bytes.median)}{_scope(one.scopes)}" if one.device_bytes else "–",
             seconds(one.total_s.median) if one.total_s else "–",
             *([joules(one.joules_per_image.median) if one.joules_per_image else "–"] * energy),
             _loss(one),
@@ -62,8 +62,9 @@ def _bare(value: float) -> str:
     return f"{value:#.3g}" if value < 100 else f"{value:,.0f}"
 
 
-def _scope(one: Entry) -> str:
-    return " *" if "device" in one.scopes else ""
+def _scope(scopes: Sequence[str]) -> str:
+    """The mark of memory that is of the whole card."""
+    return " *" if "device" in scopes else ""
 
 
 def _loss(one: Entry) -> str:
@@ -219,12 +220,12 @@ def every_run(results: Results) -> Table:
         (
             run.key,
             _ending(run),
-            f"{run.started:%Y-%m-%d %H:%M}",
+            f"{run.started:%m-%d %H:%M}",
             f"{_bare(run.steps.seconds.median)} ({_bare(run.steps.seconds.p10)} – {_bare(run.steps.seconds.p90)})"
             if run.steps
             else "–",
             run.steps.measured if run.steps else "–",
-            f"{gib(run.device_memory.peak_bytes)} ({run.device_memory.scope})" if run.device_memory else "–",
+            f"{gib(run.device_memory.peak_bytes)}{_scope([run.device_memory.scope])}" if run.device_memory else "–",
             "–" if run.status == "refused" else seconds(run.total_s),
             f"{run.quality.loss:.4f}" if run.quality else "–",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from loraport.plugins import plugins
 from loraport.profiles import resolve_memory
 from loraport.spec.models import LoraSection, TrainSpec
 from loraport_native import footprint, recompute, stream
-from loraport_native.footprint import Run, predict, trained_parameters
+from loraport_native.footprint import ASSUMED_TEXT_TOKENS, Run, predict, trained_parameters
 from loraport_native.lora import inject
 from loraport_native.models import latents
 from loraport_native.models.ideogram4 import Ideogram4
@@ -86,6 +87,29 @@ def test_every_row_measured_on_a_card_is_predicted_within_a_tenth(row: dict[str,
     if "cache_peak_allocated_gib" in row:
         cached = max(run.images(room).gib, run.captions().gib)
         assert cached == pytest.approx(row["cache_peak_allocated_gib"], rel=0.1)
+
+
+def benched() -> list[Any]:
+    """The native runs of benches of trainers; eager ones are among them, which no row of `loraport bench step` is."""
+    return [
+        pytest.param(run, id=f"{file.parent.name}-{run['key']}")
+        for file in sorted(BENCHMARKS.glob("*/results.json"))
+        for run in json.loads(file.read_text(encoding="utf-8"))["runs"]
+        if run["backend"] == "native" and run["status"] == "ok"
+    ]
+
+
+@pytest.mark.parametrize("run", benched())
+def test_every_native_run_of_a_bench_on_a_card_is_predicted_within_a_tenth(run: dict[str, Any]) -> None:
+    told = run["configuration"]["spec"]
+    memory = {name: value for name, value in told["memory"].items() if name not in ("profile", "quantize")}
+    train = {name: told["train"][name] for name in ("batch_size", "optimizer", "gradient_accumulation")}
+    lora = {name: told["lora"][name] for name in ("rank", "targets")}
+    wanted = spec(
+        dataset={"path": "/nowhere", "resolution": told["dataset"]["resolution"]}, lora=lora, train=train, memory=memory
+    )
+    predicted = Run(wanted, IDEOGRAM4, RELEASED, ASSUMED_TEXT_TOKENS).training()  # how long its captions are is not told
+    assert predicted.gib * 2**30 == pytest.approx(run["torch_peaks"]["allocated_bytes"], rel=0.1)
 
 
 def test_rows_of_every_kind_were_measured() -> None:

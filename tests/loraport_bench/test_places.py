@@ -23,6 +23,8 @@ BENCH = Path("/data/out")
         ("checkpoint: /models/full16\nimages: '/data/mine'\n", "checkpoint: …/full16\nimages: '…/mine'\n"),
         ("/usr/lib:/opt/lib64", "…/lib:…/lib64"),
         ("No file /models/a.safetensors.", "No file …/a.safetensors."),
+        ("/models/a holds no vae/config.json.", "…/a holds no vae/config.json."),
+        ("/models/a: no b/c; take /models/d", "…/a: no b/c; take …/d"),
         ("file:///models/a", "file://…/a"),
         ("/data/out/rows/a/run", "<bench>/rows/a/run"),
         ("/data/output/rows", "…/rows"),

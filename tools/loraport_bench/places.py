@@ -43,7 +43,8 @@ def _text(text: str, known: Mapping[str, str]) -> str:
 
 def _has_prose(path: str) -> bool:
     """Whether a text that begins like a path goes on with something else: another path, or a sentence."""
-    return any(mark in path for mark in (", ", ": ", ":/", " /", '"', "'"))
+    marks = (", ", ": ", "; ", ". ", " (", ":/", " /", '"', "'")
+    return path.endswith((".", "!", "?", ")")) or any(mark in path for mark in marks)
 
 
 def _last(path: str) -> str:

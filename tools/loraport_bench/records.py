@@ -150,8 +150,8 @@ class Card(Data):
     samples: int | None = Field(
         None,
         ge=0,
-        description="Looks at the card, one each half second. Null in files of earlier versions, whose ranges are of "
-        "all of training, first steps included; reports leave those out.",
+        description="Looks at the card, one each half second; none where the steps took less. Null in files of earlier "
+        "versions, whose ranges are of all of training, first steps included; reports leave those out.",
     )
     clock_mhz: Range | None = Field(None, description="Clock of the multiprocessors.")
     memory_clock_mhz: Range | None = Field(None, description="Clock of the memory.")

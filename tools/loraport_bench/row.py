@@ -248,7 +248,7 @@ def _numbers(
         "host_memory": trace(samples.host, "processes", told.spans, ended.began),
         "torch_peaks": peaks,
         "disk": _disk(samples, told, run_dir, lora),
-        "cards": [_card(card) for card in in_steps if card],
+        "cards": [_card(card) for card in in_steps],
         "energy": _energy(samples.cards, ended, told, settings.warm_up, a_step),
         "work": _work(made, told, lora),
         "losses": told.losses(a_step),

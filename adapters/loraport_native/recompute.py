@@ -25,9 +25,9 @@ _ATTENTION = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-#: One in so many blocks, the last of those that are recomputed in full, is recomputed from outside of its compiled code:
-#: by two graphs, whose border lets the compiler keep less than within one. Nowhere else is it needed: most is in memory
-#: during the backward passes of the last blocks, when the inputs of all others are still there.
+#: One in so many blocks, the last of those that are recomputed in full, is recomputed from outside of its compiled
+#: code: by two graphs, whose border lets the compiler keep less than within one. Nowhere else is it needed: most is in
+#: memory during the backward passes of the last blocks, when the inputs of all others are still there.
 _FROM_OUTSIDE = 8
 _MARGIN = 0.04  #: share of a card's memory that auto leaves for fragmentation and what the probe did not see
 

@@ -203,7 +203,7 @@ def test_a_plan_that_does_not_fit_the_card_is_shown_with_a_warning(
     code, out, err = run("plan", spec_file, *FULL_SIZE)
     assert code == 0
     assert "Some card has 16.0 GiB: it does not fit" in out
-    assert "warning: native: 20." in err
+    assert "warning: native: 19." in err
     assert "The profile 16gb would fit: set memory.profile: 16gb" in err
     assert run("plan", spec_file, *FULL_SIZE, "--set", "memory.profile=16gb")[2] == ""
 
@@ -235,7 +235,7 @@ def test_a_run_that_clearly_does_not_fit_ends_with_three_before_anything_is_load
     a_card(monkeypatch, 16)
     code, _, err = run("train", spec_file, *FULL_SIZE)
     assert code == 3
-    assert err.startswith("error: This run does not fit the card: 20.")
+    assert err.startswith("error: This run does not fit the card: 19.")
     assert "set memory.profile: 16gb" in err
     assert sorted(path.name for path in spec_file.parent.iterdir()) == ["spec.yaml"]
 

@@ -95,7 +95,7 @@ def benched() -> list[Any]:
         pytest.param(run, id=f"{file.parent.name}-{run['key']}")
         for file in sorted(BENCHMARKS.glob("*/results.json"))
         for run in json.loads(file.read_text(encoding="utf-8"))["runs"]
-        if run["backend"] == "native" and run["status"] == "ok"
+        if run["backend"] == "native" and run["status"] == "ok" and run["torch_peaks"]
     ]
 
 

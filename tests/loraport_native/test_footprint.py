@@ -58,10 +58,17 @@ def predicted(room_gib: float | None = None, **sections: Any) -> Footprint:
     return found
 
 
+#: Rows over seeds, of losses that stay true, whose compiled blocks still kept weights as they were unpacked.
+TAKE_LESS_NOW = {"quality-fp8", "quality-int8", "quality-nf4"}
+
+
 def measured() -> list[Any]:
     rows = [(file, row) for file in sorted(BENCHMARKS.glob("*.jsonl")) for row in native_rows(file)]
-    # Rows over seeds are of losses, which stay true where later code takes less memory.
-    return [pytest.param(row, id=f"{file.stem}-{row['row']}") for file, row in rows if row.get("seed") is None]
+    return [
+        pytest.param(row, id=f"{file.stem}-{row['row']}-{row.get('seed', '')}")
+        for file, row in rows
+        if row["row"] not in TAKE_LESS_NOW
+    ]
 
 
 def forecast_of(row: dict[str, Any]) -> tuple[Run, float | None]:
@@ -232,8 +239,8 @@ def follow(blocks: int, lora: dict[str, Any], checkpointing: str) -> tuple[int, 
 def test_an_eager_block_keeps_what_is_counted(lora: dict[str, Any]) -> None:
     run = Run(spec(lora=lora, memory={"gradient_checkpointing": "none"}), IDEOGRAM4, RELEASED, 512)
     (one, one_peak), (two, two_peak) = follow(1, lora, "none"), follow(2, lora, "none")
-    assert run._kept() == pytest.approx(two - one, rel=0.045)
-    assert run._kept() == pytest.approx(two_peak - one_peak, rel=0.045)
+    assert run._kept() == pytest.approx(two - one, rel=0.04)
+    assert run._kept() == pytest.approx(two_peak - one_peak, rel=0.04)
     (_, peak) = follow(2, lora, "full")
     assert 2 * run._state() + run._kept() + run._work() == pytest.approx(peak, rel=0.06)
 

@@ -10,10 +10,10 @@ _ROWS, _COLUMNS = 64, 128
 _LEAST = 16  #: numbers that the tensor cores sum over at once
 
 
-def launch(total: Tensor, left: Tensor, right: Tensor, other: Tensor | None = None) -> None:
+def launch(total: Tensor, left: Tensor, right: Tensor, other: Tensor | None = None, adds: bool = True) -> None:
     """total (M, N) += left (M, K) · right (K, N) + other (M, N), on the current CUDA device and stream.
 
-    The whole K is one tile, which its registers bound: K up to 64.
+    The whole K is one tile, which its registers bound: K up to 64. Without `adds` what is in `total` is not read.
     """
     (rows, columns), rank = total.shape, left.shape[1]
     grid = (triton.cdiv(columns, _COLUMNS), triton.cdiv(rows, _ROWS))  # neighbours in a row of memory run together
@@ -21,7 +21,7 @@ def launch(total: Tensor, left: Tensor, right: Tensor, other: Tensor | None = No
     beside = total if other is None else other  # not read when there is none
     sizes = (rows, columns, rank, *strides, *beside.stride())
     tile = (_ROWS, _COLUMNS, max(_LEAST, triton.next_power_of_2(rank)))
-    _add_product[grid](total, left, right, beside, *sizes, other is not None, *tile, num_warps=4)
+    _add_product[grid](total, left, right, beside, *sizes, adds, other is not None, *tile, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["rows"])  # no compilation more for each kind of caption's length
@@ -41,6 +41,7 @@ def _add_product(  # type: ignore[no-untyped-def]
     right_column,
     other_row,
     other_column,
+    ADDS: tl.constexpr,
     HAS_OTHER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -59,7 +60,9 @@ def _add_product(  # type: ignore[no-untyped-def]
     some = tl.load(left + row * left_row + along * left_column, in_rows & (along < rank), 0.0)
     others = tl.load(right + down * right_row + column * right_column, (down < rank) & in_columns, 0.0)
     place = total + row * total_row + column * total_column
-    so_far = tl.load(place, inside, 0.0).to(tl.float32)
+    so_far = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if ADDS:
+        so_far += tl.load(place, inside, 0.0).to(tl.float32)
     if HAS_OTHER:
         so_far += tl.load(other + row * other_row + column * other_column, inside, 0.0).to(tl.float32)
     tl.store(place, tl.dot(some, others, so_far).to(total.dtype.element_ty), inside)

@@ -186,7 +186,7 @@ class Run:
 
     def _fullest(self, checkpointing: str) -> Phase:
         """The fullest moment: the backward pass begins, it ends, the gradients are collected; or, where blocks are
-        streamed, the forward pass ends.
+        streamed, the forward pass comes to its last blocks.
 
         Blocks' activations go as the backward pass comes down, while the adapter's gradients come.
         """
@@ -208,8 +208,12 @@ class Run:
         ]
         if self.spec.memory.offload in ("group", "disk"):  # forward, more blocks are on the device
             forward = FORWARD_WORK[self.compiled] * self._state() + self._widened()
-            kept = on_device * each + (block if self.compiled else each)
-            moments.append({"blocks ahead": self._upwards(), "activations": kept, "work": forward})
+            own = block if self.compiled else each
+            for more in range(self._slots_upwards() + 1):
+                # Of the last `SLOTS` blocks none is ahead that has no slot; before them one more for each.
+                below = max(0, on_device - (SLOTS - 1 + more if more else 0))
+                ahead = more * self.block_bytes()
+                moments.append({"blocks ahead": ahead, "activations": below * each + own, "work": forward})
         fullest = max(moments, key=lambda moment: sum(moment.values()))
         return _phase("training", self._always() | fullest, "lower dataset.resolution, train.batch_size or lora.rank")
 
@@ -298,10 +302,9 @@ class Run:
             return largest * (4 + self.number)
         return largest * (self.number if memory.compute == "model" else 1)
 
-    def _upwards(self) -> float:
-        """Bytes of the blocks that the forward pass has on the device besides `SLOTS` (`stream.slots_upwards`)."""
-        block = self.block_bytes()
-        return STATES_UPWARDS * self._state() // block * block
+    def _slots_upwards(self) -> int:
+        """Blocks that the forward pass may have on the device besides `SLOTS` (`stream.slots_upwards`)."""
+        return int(STATES_UPWARDS * self._state() // self.block_bytes())
 
 
 def trained_parameters(lora: LoraSection, shapes: Iterable[tuple[int, int]]) -> int:

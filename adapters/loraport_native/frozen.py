@@ -22,15 +22,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraport_native.add_product import add_product_
+from loraport_native.add_product import add_product_, narrow_product
 from loraport_native.anew import to_anew
 from loraport_native.scaled_matmul import product, to_rows
 
 NF4_BLOCK = 64
 _GROUP = 256  # of these blocks' scales, quantised together
-Product = Callable[
-    ..., Tensor
-]  #: (x (M, in), *stored) → x·Wᵀ, or (gradient (M, out), *stored) → gradient·W; a new tensor
+#: (x (M, in), *stored) → x·Wᵀ, or (gradient (M, out), *stored) → gradient·W; a new tensor.
+Product = Callable[..., Tensor]
 
 
 def frozen_linear(x: Tensor, kind: str, stored: tuple[Tensor, ...]) -> Tensor:
@@ -93,10 +92,33 @@ def _adapted(x: Tensor, layers: Sequence[Adapted]) -> tuple[tuple[Tensor, ...], 
     """The results for x (M, in), and the layers' scale·x·downᵀ (M, rank) side by side."""
     inner = x @ _joined([layer.down for layer in layers]).t()
     inner = _joined([_times(part, layer.scale) for layer, part in _parts(inner, layers)], dim=1)
-    results = tuple(PRODUCTS[layer.kind][0](x, *layer.stored) for layer in layers)
-    for result, (layer, part) in zip(results, _parts(inner, layers), strict=True):
-        add_product_(result, part, layer.up.t())
-    return results, inner
+    return tuple(_with_lora(x, layer, part) for layer, part in _parts(inner, layers)), inner
+
+
+def _with_lora(x: Tensor, layer: Adapted, inner: Tensor) -> Tensor:
+    """A layer's result for x (M, in) and its scale·x·downᵀ (M, rank)."""
+    if layer.kind == "plain":  # the wide product adds itself to the LoRA's part, which is then only written
+        result = narrow_product(inner, layer.up.t())
+        add_product_(result, x, layer.stored[0].t())
+    else:
+        result = PRODUCTS[layer.kind][0](x, *layer.stored)
+        add_product_(result, inner, layer.up.t())
+    return result
+
+
+def _to_input(gradients: Sequence[Tensor], layers: Sequence[Adapted], outer: Tensor) -> Tensor:
+    """The gradient of x (M, in), with the layers' scale·gradient·up (M, rank) side by side."""
+    downs = _joined([layer.down for layer in layers])
+    if all(layer.kind == "plain" for layer in layers):
+        to_x = narrow_product(outer, downs)
+        for gradient, layer in zip(gradients, layers, strict=True):
+            add_product_(to_x, gradient, layer.stored[0])
+    else:
+        to_x, *others = (
+            PRODUCTS[layer.kind][1](gradient, *layer.stored) for gradient, layer in zip(gradients, layers, strict=True)
+        )
+        add_product_(to_x, outer, downs, others)
+    return to_x
 
 
 class _Adapted(torch.autograd.Function):
@@ -116,13 +138,7 @@ class _Adapted(torch.autograd.Function):
         outer = _joined(
             [_times(gradient @ layer.up, layer.scale) for gradient, layer in zip(gradients, layers, strict=True)], dim=1
         )
-        to_x = None
-        if ctx.needs_input_grad[0]:
-            to_x, *others = (
-                PRODUCTS[layer.kind][1](gradient, *layer.stored)
-                for gradient, layer in zip(gradients, layers, strict=True)
-            )
-            add_product_(to_x, outer, _joined([layer.down for layer in layers]), others)
+        to_x = _to_input(gradients, layers, outer) if ctx.needs_input_grad[0] else None
         to_tensors: list[Tensor | None] = []
         to_downs = _parts((outer.t() @ x).t(), layers)
         for gradient, (layer, to_down), (_, part) in zip(gradients, to_downs, _parts(inner, layers), strict=True):

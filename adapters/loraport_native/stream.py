@@ -7,7 +7,8 @@ weights don't change.
 
 Memory that a pass does not need yet holds more blocks: what recomputation keeps of each block is not there at the
 start of a step, and the forward pass works in less memory than the backward pass. So a forward pass, in which copying
-takes longer than computing on a fast card, starts with blocks that the backward pass before it left behind.
+takes longer than computing on a fast card, starts with blocks that the backward pass before it left behind, and has
+more ahead until it comes to the last ones.
 """
 
 from __future__ import annotations
@@ -226,8 +227,9 @@ class Stream:
         ahead, behind = list(range(number, count)), list(range(number - 1, -1, -1))
         if not upwards:
             ahead, behind = [number, *behind], ahead[1:]
-        # What is behind is needed last; it stays when there is room, for the turn.
         room = self._room(number, upwards)
+        if upwards:  # of what is behind only that stays which the backward pass, with less room, begins with
+            room = max(min(room, len(ahead)), self._room(count - 1, upwards=False))
         self._release(set([*ahead, *behind][:room]), room)
         for coming in ahead[:room]:
             if coming not in self.held:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraport_native.add_product import add_product_
+from loraport_native.add_product import add_product_, narrow_product
 
 SIZES = [(1, 1, 1), (5, 300, 4), (130, 260, 17), (300, 448, 32), (129, 257, 33), (64, 128, 64), (200, 96, 128)]
 DEVICES = [
@@ -36,6 +36,25 @@ def test_the_product_is_added_in_place(size: tuple[int, int, int], dtype: torch.
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_narrow_product_is_a_new_tensor_that_wide_ones_are_added_to(
+    size: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> None:
+    _, left, up = factors(size, device, dtype)
+    torch.full((1 << 22,), float("nan"), device=device, dtype=dtype)  # what memory that is taken next may hold
+    found = narrow_product(left, up.t())
+    assert (found.dtype, found.is_contiguous()) == (dtype, True)
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
+    slack = {"rtol": tolerance, "atol": tolerance * size[2] ** 0.5}
+    torch.testing.assert_close(found.double(), left.double() @ up.double().t(), **slack)
+    wide, weight = factors((size[0], size[1], 150), device, dtype)[1:]
+    add_product_(found, wide, weight.t())
+    expected = left.double() @ up.double().t() + wide.double() @ weight.double().t()
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * 150**0.5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("count", [1, 2])
 def test_what_lies_beside_is_added_as_well(count: int, device: str) -> None:
     total, left, up = factors((129, 257, 33), device, torch.bfloat16)
@@ -56,11 +75,16 @@ def test_factors_and_total_may_be_views_of_any_strides(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_operator_is_whole_under_the_compiler(device: str) -> None:
-    """Schema, fake tensors and functionalisation, as torch checks an operator of one's own."""
+def test_the_operators_are_whole_under_the_compiler(device: str) -> None:
+    """Schema, fake tensors and functionalisation, as torch checks operators of one's own."""
     total, left, up = factors((8, 16, 4), device, torch.bfloat16)
     torch.library.opcheck(
         torch.ops.loraport.add_product_.default,
         (total, left, up.t(), [torch.ones_like(total)]),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+    torch.library.opcheck(
+        torch.ops.loraport.narrow_product.default,
+        (left, up.t()),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )

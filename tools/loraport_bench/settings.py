@@ -44,21 +44,24 @@ class Settings(Data):
         return hashlib.sha256(content.encode()).hexdigest()
 
     def keep_in(self, folder: Path) -> None:
-        """Write to a new bench's folder, or see that an old one was for the same. Raises SpecError naming what
-        differs."""
+        """Write to a bench's folder; into an old one if it was for the same, or had another limit, which measures
+        nothing else. Raises SpecError naming what differs."""
         path = folder / FILE
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, self.model_dump_json(indent=1) + "\n")
-            return
-        old = self.read_from(folder)
-        names = [name for name in type(self).model_fields if getattr(old, name) != getattr(self, name)]
-        if names:
-            told = ", ".join(_difference(name, getattr(old, name), getattr(self, name)) for name in names)
-            raise SpecError(
-                f"{folder} holds a bench with other settings: {told}.",
-                hint="Give the options it was begun with to go on with it, or another folder with --out.",
-            )
+        if path.exists():
+            old = self.read_from(folder)
+            names = [name for name in type(self).model_fields if getattr(old, name) != getattr(self, name)]
+            told = [
+                _difference(name, getattr(old, name), getattr(self, name)) for name in names if name != "time_limit_s"
+            ]
+            if told:
+                raise SpecError(
+                    f"{folder} holds a bench with other settings: {', '.join(told)}.",
+                    hint="Give the options it was begun with to go on with it, or another folder with --out.",
+                )
+            if not names:
+                return
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read_from(cls, folder: Path) -> Self:

@@ -10,7 +10,7 @@ _ROWS, _COLUMNS = 64, 128
 _LEAST = 16  #: numbers that the tensor cores sum over at once
 
 
-def launch(total: Tensor, left: Tensor, right: Tensor, other: Tensor | None = None, adds: bool = True) -> None:
+def launch(total: Tensor, left: Tensor, right: Tensor, other: Tensor | None = None, *, adds: bool = True) -> None:
     """total (M, N) += left (M, K) · right (K, N) + other (M, N), on the current CUDA device and stream.
 
     The whole K is one tile, which its registers bound: K up to 64. Without `adds` what is in `total` is not read.

@@ -231,6 +231,23 @@ def test_one_repeat_is_told_as_what_it_is() -> None:
     assert "Each trainer ran once" not in markdown(example())
 
 
+def test_each_group_is_told_who_scored_its_own_runs() -> None:
+    def scored(run: r.Run) -> r.Run:
+        if run.quality is None or run.profile != "nf4":
+            return run
+        return run.model_copy(update={"quality": run.quality.model_copy(update={"evaluator": "another 2.0"})})
+
+    of_group: dict[str, list[str]] = {}
+    for part in markdown(changed(example(), runs=[scored(run) for run in example().runs])).split("\n## ")[1:]:
+        of_group[part.partition("\n")[0]] = re.findall(r"Scored by (\S+)", part)
+    assert {group: who for group, who in of_group.items() if who} == {
+        "Matched, fp8": ["native"],
+        "Matched, nf4": ["another"],
+        "Best effort, fp8": ["native"],
+        "Best effort, nf4": ["another"],
+    }
+
+
 def test_a_table_of_what_is_unequal_has_the_backends_that_have_rows_and_needs_two() -> None:
     def only(*backends: str) -> r.Results:
         return changed(example(), runs=[run for run in example().runs if run.backend in backends])

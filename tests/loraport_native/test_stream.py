@@ -120,6 +120,32 @@ def test_the_device_holds_as_many_blocks_as_there_is_room_for_at_each_moment(
     assert copies == [2, 1, 0], "with one slot and no more room they would be 1, 2, 1, 0"
 
 
+def test_more_blocks_are_ahead_upwards_until_few_are_left() -> None:
+    copies: list[int] = []
+
+    class Noted(Host):
+        def copy(self, number: int, slot: torch.Tensor) -> None:
+            copies.append(number)
+            super().copy(number, slot)
+
+    stream = Stream(Noted(CPU), CPU, slots=2, states_upwards=13)
+    for number in range(8):
+        stream.take(number, torch.nn.Linear(64, 64).requires_grad_(False))
+    stream.kept_bytes = stream.size // 6  # so that 13 states are two blocks, and what is kept of seven is one
+
+    def held(number: int, upwards: bool) -> list[int]:
+        stream.arrive(number, upwards)
+        assert not stream.spare, "what is not needed has no memory"
+        return sorted(stream.held)
+
+    upwards = [held(number, True) for number in range(8)]
+    assert [len(blocks) for blocks in upwards] == [5, 5, 4, 4, 4, 3, 2, 2]
+    assert upwards[-1] == [6, 7], "the backward pass has room for two when it begins"
+    downwards = [held(number, False) for number in reversed(range(8))]
+    assert [len(blocks) for blocks in downwards] == [2, 2, 2, 2, 2, 2, 3, 3]
+    assert copies == [0, 1, 2, 3, 4, 5, 6, 7, 5, 4, 3, 2, 1, 0], "each once a pass, and none twice at the turn"
+
+
 def test_a_block_that_waits_at_the_source_takes_no_memory_of_the_device(tiny_official: Path) -> None:
     model, _ = model_with(tiny_official, offload="group", storage="none")
     frozen = [parameter for parameter in model.layers.parameters() if not parameter.requires_grad]

@@ -48,7 +48,7 @@ def _versions(results: Results) -> list[str]:
 
 def _group(group: Group, results: Results) -> list[str]:
     parts = [f"## {escaped(group.title)}", "\n".join(f"- {escaped(each)}" for each in group.headlines())]
-    parts += [_table(tables.headline(group)), *(escaped(each) for each in words.under_headline(group, results))]
+    parts += [_table(tables.headline(group)), *(escaped(each) for each in words.under_headline(group))]
     if group.phases:
         parts += [f"### {tables.phases(group).caption}", _table(tables.phases(group)), *words.under_phases(group)]
     for table in (

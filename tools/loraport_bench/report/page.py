@@ -96,7 +96,7 @@ def _chapter(group: Group, results: Results) -> Chapter:
         "group-" + group.name.replace("/", "-"),
         group.headlines(),
         tables.headline(group),
-        words.under_headline(group, results),
+        words.under_headline(group),
         _plots(group, backends),
         _losses(group, backends),
         [

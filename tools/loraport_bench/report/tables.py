@@ -362,12 +362,12 @@ def notes(results: Results) -> list[tuple[str, list[str]]]:
     return list(found.items())
 
 
-def evaluators(results: Results) -> str:
-    """Who scored, on what; empty when nothing was scored."""
+def evaluators(runs: list[Run]) -> str:
+    """Who scored them, on what; empty when nothing was scored."""
     found = {
         f"{run.quality.evaluator}, on {run.quality.triples} fixed triples of image, noise and time "
         f"({run.quality.images} held-out images)"
-        for run in results.runs
+        for run in runs
         if run.quality
     }
     return "; ".join(sorted(found))

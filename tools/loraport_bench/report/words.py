@@ -40,7 +40,7 @@ def _missing(results: Results) -> list[str]:
     return [] if results.complete else [key for key in scheduled if key not in there]
 
 
-def under_headline(group: Group, results: Results) -> list[str]:
+def under_headline(group: Group) -> list[str]:
     """What must be known to read a group's table."""
     notes = []
     good = [one for one in group.entries if one.good]
@@ -67,7 +67,7 @@ def under_headline(group: Group, results: Results) -> list[str]:
         of = "median (least – most) over the seeds" if several else "of one seed"
         notes.append(
             f"Held-out loss: {of}, and its change from {group.without:.4f} without a LoRA; lower is better. "
-            f"Scored by {evaluators(results)}."
+            f"Scored by {evaluators([run for one in good for run in one.good])}."
         )
     clocks = {run.steps.measured for one in good for run in one.good if run.steps}
     if len(clocks) > 1:

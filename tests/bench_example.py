@@ -184,7 +184,15 @@ def _run(position: int, tier: Any, profile: str, backend: str, repeat: int, chan
             for s in range(1, STEPS + 1, 2)
         ],
         quality=_quality(step, chance),
-        overhead=r.Overhead(step_median_s=step * 0.997, step_share=0.003, run_s=total - 3, run_extra_s=1.3, pairs=3)
+        overhead=r.Overhead(
+            step_median_s=step * 0.997,
+            step_share=0.003,
+            step_shares=[-0.002, 0.003, 0.006],
+            run_s=total - 3,
+            run_extra_s=1.3,
+            run_extras_s=[0.9, 1.3, 1.4],
+            pairs=3,
+        )
         if repeat == 0 and tier == "matched"
         else None,
         notes=["The step time is DiffSynth's own clock."] if backend == "diffsynth" else [],

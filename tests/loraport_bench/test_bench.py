@@ -349,17 +349,19 @@ def test_a_field_can_be_set_for_one_trainer_alone(bench: Any, tmp_path: Path) ->
     assert options == {"swift": {"fast": True}, "steady": {}}
 
 
-def test_the_overhead_of_going_through_us_is_measured_once_for_each_trainer(
-    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("loraport_bench.run_cli.OVERHEAD_PAIRS", 2)
-    code, said = bench("--backends", "swift", "--seeds", "0", "--held-out", "0", "--overhead")
+def test_the_overhead_of_going_through_us_is_measured_once_for_each_trainer(bench: Any, tmp_path: Path) -> None:
+    code, said = bench("--backends", "swift", "--seeds", "0", "--held-out", "0", "--overhead", "--overhead-pairs", "2")
     assert code == 0, said
     first, second = results(tmp_path).runs
     assert second.overhead is None
     overhead = first.overhead
     assert overhead is not None
-    assert overhead.pairs == 2
+    assert overhead.pairs == len(overhead.step_shares) == len(overhead.run_extras_s) == 2
+    assert min(overhead.step_shares) <= overhead.step_share <= max(overhead.step_shares)
+    assert min(overhead.run_extras_s) <= overhead.run_extra_s <= max(overhead.run_extras_s)
+    differences = [100 * share for share in sorted(overhead.step_shares)]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"{100 * overhead.step_share:+.2f} % ({differences[0]:+.2f} – {differences[1]:+.2f})" in report
     # On a machine with other work only roughly: a step waits 10 ms, whoever started it.
     assert 0.01 <= overhead.step_median_s < 0.05
     assert abs(overhead.step_share) < 0.5

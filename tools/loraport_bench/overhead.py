@@ -30,22 +30,28 @@ class _Timed:
 
 
 def measure_overhead(content: dict[str, object], backend: str, settings: Settings, folder: Path) -> Overhead:
-    """Run pairs of trainings, each through `loraport train` and then by the plan's files and command alone.
+    """Run pairs of trainings, one through `loraport train` and one by the plan's files and command alone, first the one
+    and then the other.
 
     Converting and proving are left out of the first, as nobody does them by hand. Every run begins with an empty cache.
     Raises BackendError when one of them fails.
     """
     pairs = []
-    for _ in range(settings.overhead_pairs):
-        pairs.append((_through(content, backend, settings, folder), _by_hand(content, backend, settings, folder)))
-    steps = [through.step / by_hand.step - 1 for through, by_hand in pairs]
-    runs = [through.run - by_hand.run for through, by_hand in pairs]
+    ways = (_through, _by_hand)
+    for number in range(settings.overhead_pairs):
+        order = ways if number % 2 == 0 else ways[::-1]
+        timed = {way: way(content, backend, settings, folder) for way in order}
+        pairs.append((timed[_through], timed[_by_hand]))
+    steps = [round(through.step / by_hand.step - 1, 5) for through, by_hand in pairs]
+    runs = [round(through.run - by_hand.run, 3) for through, by_hand in pairs]
     return Overhead(
         step_median_s=round(statistics.median(by_hand.step for _, by_hand in pairs), 5),
         step_share=round(statistics.median(steps), 5),
         run_s=round(statistics.median(by_hand.run for _, by_hand in pairs), 3),
         run_extra_s=round(statistics.median(runs), 3),
         pairs=len(pairs),
+        step_shares=steps,
+        run_extras_s=runs,
     )
 
 

@@ -240,6 +240,8 @@ class Overhead(Data):
         description="Wall time that the run through LoraPort takes beyond that, without converting and proving."
     )
     pairs: int = Field(ge=1, description="Pairs run in turn; the medians of their differences are given.")
+    step_shares: list[float] = Field([], description="`step_share` of each pair.")
+    run_extras_s: list[float] = Field([], description="`run_extra_s` of each pair.")
 
 
 class Run(Data):

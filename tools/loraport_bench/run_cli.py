@@ -64,6 +64,9 @@ def run(
     overhead: Annotated[
         bool, typer.Option("--overhead", help="Measure what going through LoraPort costs, once for each trainer.")
     ] = False,
+    overhead_pairs: Annotated[
+        int | None, typer.Option(min=1, help=f"The same with so many pairs of runs, instead of {OVERHEAD_PAIRS}.")
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--for", metavar="BACKEND:FIELD=VALUE", help="Change the spec for one trainer. Repeatable."),
@@ -119,7 +122,7 @@ def run(
         held_out=held_out,
         time_limit_s=time_limit,
         sampling_s=sampling,
-        overhead_pairs=OVERHEAD_PAIRS if overhead else 0,
+        overhead_pairs=overhead_pairs or (OVERHEAD_PAIRS if overhead else 0),
     )
     folder = (out or Path(f"bench-{given.name}")).expanduser().absolute()
     machinery = Machinery(folder, settings, wait, busy)

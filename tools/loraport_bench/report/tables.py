@@ -176,6 +176,12 @@ def _count(value: int | None, after: str = "") -> str:
     return "not told" if value is None else f"{value:,}{after}"
 
 
+def _change(each: list[float], median: float, unit: str) -> str:
+    """A signed difference, with the least and the greatest where there are several."""
+    between = f" ({min(each):+.2f} – {max(each):+.2f})" if len(each) > 1 else ""
+    return f"{median:+.2f}{unit}{between}"
+
+
 def overheads(results: Results) -> Table | None:
     """What going through LoraPort costs; None when it was not measured."""
     rows = [
@@ -183,16 +189,16 @@ def overheads(results: Results) -> Table | None:
             run.backend,
             group_name(*run.group),
             seconds(run.overhead.step_median_s),
-            f"{100 * run.overhead.step_share:+.2f} %",
+            _change([100 * share for share in run.overhead.step_shares], 100 * run.overhead.step_share, " %"),
             seconds(run.overhead.run_s),
-            f"{run.overhead.run_extra_s:+.2f} s",
+            _change(run.overhead.run_extras_s, run.overhead.run_extra_s, " s"),
             f"{run.overhead.pairs}",
         )
         for run in results.runs
         if run.overhead
     ]
     head = ("backend", "group", "step by hand", "step through LoraPort", "run by hand", "run through LoraPort", "pairs")
-    caption = "The same generated configuration started by hand, and through LoraPort"
+    caption = "The same configuration started by hand and through LoraPort: medians (least – greatest) of the pairs"
     return Table(caption, head, rows, frozenset({"group"})) if rows else None
 
 

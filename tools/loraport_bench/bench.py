@@ -234,9 +234,8 @@ class Bench:
             measured = measure_overhead(self.content(job, staged), job.backend, self.settings, place)
             run = run.model_copy(update={"overhead": measured})
             if measured.step_share > OVERHEAD_SHARE or measured.run_extra_s > OVERHEAD_SECONDS:
-                note = (
-                    f"LoraPort costs more than {OVERHEAD_SHARE:.0%} of a step or {OVERHEAD_SECONDS:g} s of a run here."
-                )
+                most = f"{OVERHEAD_SHARE:.0%} of a step or {OVERHEAD_SECONDS:g} s of a run"
+                note = f"By the median of its pairs, LoraPort costs more than {most} here."
                 run = run.model_copy(update={"notes": [*run.notes, note]})
         except LoraPortError as error:
             run = run.model_copy(update={"notes": [*run.notes, f"The overhead could not be measured: {error.message}"]})

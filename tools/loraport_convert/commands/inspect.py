@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ def add_commands(cli: typer.Typer) -> None:
         """Explain a LoRA file: who wrote it, for which model, how strong, and what ComfyUI would do with it."""
         # Nothing is multiplied here, and starting numpy's threads takes as long as the rest of numpy.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        gc.disable()  # nor is anything made that would have to be collected before the end
         from loraport.plugins import plugins
         from loraport_convert.inspection import inspect
 

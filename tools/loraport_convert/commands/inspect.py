@@ -26,10 +26,13 @@ def add_commands(cli: typer.Typer) -> None:
         # Nothing is multiplied here, and starting numpy's threads takes as long as the rest of numpy.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         gc.disable()  # nor is anything made that would have to be collected before the end
-        from loraport.plugins import plugins
-        from loraport_convert.inspection import inspect
+        try:
+            from loraport.plugins import plugins
+            from loraport_convert.inspection import inspect
 
-        facts = inspect(path, plugins().dialects())
+            facts = inspect(path, plugins().dialects())
+        finally:
+            gc.enable()
         typer.echo(json.dumps(facts.to_json(), indent=2, ensure_ascii=False) if as_json else "\n".join(_lines(facts)))
 
 

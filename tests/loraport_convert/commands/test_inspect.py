@@ -142,6 +142,4 @@ def test_a_file_with_every_module_of_a_large_model_is_explained_at_once(tmp_path
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
     assert path.stat().st_size > 2e9
-    # On a machine so slow that this is not 0.3 s: in proportion to what starting takes there.
-    bar = max(0.3, 1.75 * least_seconds(["--help"], runs=5))
-    assert least_seconds(["inspect", str(path)], runs=5) < bar
+    assert least_seconds(["inspect", str(path)], runs=5) < (0.6 if os.environ.get("CI") else 0.3)

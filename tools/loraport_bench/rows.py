@@ -85,6 +85,14 @@ ROWS = (
         bar=Bar(gib=2.7),
     ),
     Row("fp8-dynamic-batch-4", _memory("fp8-dynamic", True), batch=4, bar=Bar(of=_DYNAMIC, throughput=1.1)),
+    # What a batch shares is read once a step: the more of it there is, the more a batch gains.
+    Row(
+        "fp8-dynamic-streamed-batch-4",
+        _memory("fp8-dynamic", True, "group"),
+        batch=4,
+        bar=Bar(of="fp8-dynamic-streamed", throughput=1.1),
+    ),
+    Row("nf4-batch-4", _memory("nf4", True), batch=4, bar=Bar(of="nf4-checkpointing", throughput=1.1)),
     Row("fp8-dynamic-two-gpus", _memory("fp8-dynamic", True), gpus=2, bar=Bar(of=_DYNAMIC, throughput=1.9)),
     Row("fp8-checkpointing", _memory("fp8", True), stock="fp8"),
     Row("int8-checkpointing", _memory("int8", True)),

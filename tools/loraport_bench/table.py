@@ -167,7 +167,7 @@ def _seconds_bar(row: Row, line: dict[str, Any], other: dict[str, Any] | None) -
         return _bar(f"{times:.3f} × {bar.of}, ≤ {bar.times:g}", times <= bar.times)
     if other and bar.throughput:
         times = line["images_per_second"] / other["images_per_second"]
-        return _bar(f"{times:.2f} × the images/s of {bar.of}, ≥ {bar.throughput:g}", times >= bar.throughput)
+        return _bar(f"{times:.3f} × the images/s of {bar.of}, ≥ {bar.throughput:g}", times >= bar.throughput)
     return "–"
 
 

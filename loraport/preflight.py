@@ -1,9 +1,10 @@
-"""Captions that would train garbage: found before a run starts, whatever the backend.
+"""Images that cannot be read and captions that would train garbage: found before a run starts, whatever the backend.
 
-Trainers take a broken JSON caption for plain text and train its brackets. The rules that are marked `stops_training`
-(docs/dataset-rules.md) are held against every caption of the spec. Other captions that break a rule of the family are
-trained, as the family's own tools do, but not in silence: they are counted. Images, and what only a whole set tells,
-are `loraport check`'s.
+Every backend reads the images' headers and the captions as `loraport.sets` does, but only after seconds, in which its
+libraries load. Trainers take a broken JSON caption for plain text and train its brackets. The rules that are marked
+`stops_training` (docs/dataset-rules.md) are held against every caption of the spec. Other captions that break a rule of
+the family are trained, as the family's own tools do, but not in silence: they are counted. Pixels, and what only a
+whole set tells, are `loraport check`'s.
 """
 
 from __future__ import annotations
@@ -21,12 +22,22 @@ from loraport.errors import DataError
 from loraport.families import check_family
 from loraport.plugins import plugins
 from loraport.rules import CaptionRule, Setting
-from loraport.sets import ImageSet, image_sets, subject
+from loraport.sets import ImageSet, held_out_items, image_sets, subject, trained_sets
 
 if TYPE_CHECKING:
     from loraport.spec.models import TrainSpec
 
 _TOLD = 10
+
+
+def check_images(spec: TrainSpec) -> None:
+    """Raise the DataError with which any backend's run would end that reads the spec's images and captions. Datasets of
+    the hub are passed over: they may not be on this disk yet."""
+    paths = [*(one.path for one in image_sets(spec.dataset)), spec.validation.path if spec.validation.every else None]
+    if not any(str(path).startswith("hub:") for path in paths):
+        family = check_family(spec, plugins().families())
+        trained_sets(spec, family)
+        held_out_items(spec, family)
 
 
 def check_captions(spec: TrainSpec, strict: bool = False) -> list[str]:
@@ -106,7 +117,7 @@ def _texts(one: ImageSet) -> Iterator[tuple[str, str]]:
     try:
         images, source = find_images(one.path), caption_source(one.path, one.caption_ext, one.caption_field)
     except DataError:
-        return  # the trainer's reader tells it, with everything else that is wrong
+        return  # `check_images` tells it, with everything else that is wrong
     for image in images:
         place = source.where(image)
         if isinstance(place, str):

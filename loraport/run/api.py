@@ -59,20 +59,21 @@ def train(
     """Train `spec` in a new run folder and end with a LoRA that ComfyUI loads.
 
     `backend` overrides the spec's; `out` is the run folder (by default runs/<name>, numbered when that is taken). With
-    `strict` every field must be done exactly and every caption keep the family's rules. Captions that no trainer may be
-    given always stop it before the run has a folder (`loraport.preflight`). `on_event` hears each event
-    (`loraport.run.events`).
+    `strict` every field must be done exactly and every caption keep the family's rules. Images that cannot be read and
+    captions that no trainer may be given always stop it before the run has a folder (`loraport.preflight`). `on_event`
+    hears each event (`loraport.run.events`).
 
     Raises SpecError, DataError, BackendError, OutOfMemoryError, RunFolderError or Interrupted; results of earlier runs
     stay as they are.
     """
-    from loraport.preflight import check_captions
+    from loraport.preflight import check_captions, check_images
 
     made = plan(spec, backend, out)
     made.check(strict)
     made.check_card()
     warnings = check_captions(made.spec, strict)
     chosen = _ready_backend(made)
+    check_images(made.spec)
     with RunFolder.create(made.run_dir, made) as folder:
         return _run(made, folder, chosen, on_event, resume=False, warnings=warnings)
 
@@ -83,7 +84,7 @@ def resume(folder: Path, on_event: OnEvent | None = None) -> RunResult:
     A run whose training is done only has its LoRA converted; of a finished one `on_event` hears that nothing was to do.
     Raises what `train` raises.
     """
-    from loraport.preflight import check_captions
+    from loraport.preflight import check_captions, check_images
 
     opened = RunFolder.open(folder)
     with opened:
@@ -98,6 +99,8 @@ def resume(folder: Path, on_event: OnEvent | None = None) -> RunResult:
         made.check()
         warnings = [] if state.trained else check_captions(made.spec)
         backend = _ready_backend(made)
+        if not state.trained:
+            check_images(made.spec)
         opened.write_plan(made)
         return _run(made, opened, backend, on_event, resume=True, warnings=warnings)
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from loraport.cli.main import build_app
 from loraport.errors import DataError
 from loraport.plugins import plugins
-from loraport.preflight import check_captions
+from loraport.preflight import check_captions, check_images
 from loraport.run.api import train
 from loraport.spec.load import build_spec
 from loraport.spec.models import TrainSpec
@@ -45,6 +45,30 @@ def test_no_trainer_is_started_on_a_broken_caption(backend: str, tmp_path: Path)
     with pytest.raises(DataError, match=r"a\.json: Not valid JSON at line 1"):
         train(spec(tmp_path / "set"), backend, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("backend", list(plugins().backends()))
+def test_no_trainer_is_started_on_an_image_that_cannot_be_read(backend: str, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        write(tmp_path / "set", name, compact(CAPTION))
+    (tmp_path / "set" / "b.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"b\.png: "):
+        train(spec(tmp_path / "set"), backend, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["dataset", "regularization", "validation"])
+def test_folders_are_looked_for_wherever_a_spec_names_one_unless_it_is_of_the_hub(where: str, tmp_path: Path) -> None:
+    write(tmp_path / "set", "a.png", compact(CAPTION))
+    content: dict[str, Any] = spec(tmp_path / "set").model_dump(mode="json")
+    content["validation"] |= {"every": 5, "path": str(tmp_path / "set")}
+    place = content["dataset"][where] if where == "regularization" else content[where]
+    check_images(TrainSpec.model_validate(content))
+    place["path"] = str(tmp_path / "gone")
+    with pytest.raises(DataError, match="gone is not there"):
+        check_images(TrainSpec.model_validate(content))
+    place["path"] = "hub:someone/photos"
+    check_images(TrainSpec.model_validate(content))
 
 
 def test_text_before_the_json_is_refused_in_a_text_file_too(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_datasets import write_pair
 from typer.testing import CliRunner
 
 import loraport.plugins
@@ -256,6 +257,7 @@ def test_a_backend_that_is_not_ready_ends_with_five_and_leaves_nothing(spec_file
 
 def test_an_output_folder_that_is_a_file_ends_with_seven(spec_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Modest, "readiness", lambda self, python=None: Readiness(True, ""))
+    write_pair(spec_file.parent / "images", "a.png")
     code, _, err = run("train", spec_file, "--backend", "modest", "--out", spec_file)
     assert code == 7
     assert f"{spec_file} is a file" in err

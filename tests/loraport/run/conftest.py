@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+from small_datasets import write_pair
 
 import loraport.plugins
 from loraport.planning import Plan, make_plan
@@ -36,13 +37,14 @@ def make_spec(tmp_path: Path) -> MakeSpec:
     """A spec for the fake backend: `make_spec("crash", steps=4, seconds=0.1)`."""
     lora = tmp_path / "lora-to-train.safetensors"
     write_lora(lora)
+    write_pair(tmp_path / "photos", "a.png")
 
     def make(mode: str = "train", steps: int = 4, seconds: float = 0.0, **options: Any) -> TrainSpec:
         return TrainSpec.model_validate(
             {
                 "name": "demo",
                 "model": {"checkpoint": "tiny"},
-                "dataset": {"path": str(tmp_path), "trigger_word": "demoword"},
+                "dataset": {"path": str(tmp_path / "photos"), "trigger_word": "demoword"},
                 "train": {"steps": steps},
                 "memory": {"quantize": "none", "offload": "none", "compile": "none", "gradient_checkpointing": True},
                 "backend": {

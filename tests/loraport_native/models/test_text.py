@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import weakref
 from pathlib import Path
 
@@ -67,17 +68,22 @@ def test_no_more_than_two_blocks_are_in_memory_and_never_the_embeddings(tiny_off
     tokenizer = load_tokenizer(find_checkpoint(str(tiny_official)))
     alive: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
     most, load = [], encoder.block
+    read = [threading.Event() for _ in range(LAYERS)]
 
-    def count(number: int) -> torch.nn.Module:
+    def block_that_waits_for_the_next(number: int) -> torch.nn.Module:
+        def wait(*given: object) -> None:
+            assert number + 1 == LAYERS or read[number + 1].wait(60)
+
         block = load(number)
+        block.register_forward_pre_hook(wait)
         alive.add(block)
         most.append(len(alive))
+        read[number].set()
         return block
 
-    monkeypatch.setattr(encoder, "block", count)
+    monkeypatch.setattr(encoder, "block", block_that_waits_for_the_next)
     list(encode(encoder, tokenizer, CAPTIONS, max_tokens=100))
-    assert len(most) == LAYERS
-    assert max(most) == 2
+    assert most == [1] + [2] * (LAYERS - 1)
     assert not alive
     held = (*encoder._model.parameters(), *encoder._model.buffers())
     assert all(tensor.is_meta for tensor in held if tensor.numel() > 64)

@@ -84,6 +84,11 @@ class Plan:
         """The verdicts that stop any run."""
         return [verdict for verdict in self.verdicts if verdict.kind is Kind.REFUSED]
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether the backend does anything with the images that the spec names."""
+        return all(v.kind is not Kind.IGNORED for v in self.verdicts if v.path == "dataset.path")
+
     def check(self, strict: bool = False) -> None:
         """Raise SpecError when a field is refused, or, if `strict`, when any is not exact."""
         bad = self.not_exact() if strict else self.refused()

@@ -66,14 +66,11 @@ def train(
     Raises SpecError, DataError, BackendError, OutOfMemoryError, RunFolderError or Interrupted; results of earlier runs
     stay as they are.
     """
-    from loraport.preflight import check_captions, check_images
-
     made = plan(spec, backend, out)
     made.check(strict)
     made.check_card()
-    warnings = check_captions(made.spec, strict)
+    warnings = _check_dataset(made, strict)
     chosen = _ready_backend(made)
-    check_images(made.spec)
     with RunFolder.create(made.run_dir, made) as folder:
         return _run(made, folder, chosen, on_event, resume=False, warnings=warnings)
 
@@ -84,8 +81,6 @@ def resume(folder: Path, on_event: OnEvent | None = None) -> RunResult:
     A run whose training is done only has its LoRA converted; of a finished one `on_event` hears that nothing was to do.
     Raises what `train` raises.
     """
-    from loraport.preflight import check_captions, check_images
-
     opened = RunFolder.open(folder)
     with opened:
         opened.lock()
@@ -97,10 +92,8 @@ def resume(folder: Path, on_event: OnEvent | None = None) -> RunResult:
             return RunResult(opened.path, lora, opened.proof_file, state.step)
         made = _plan(opened.read_spec(), state.backend, opened.path, resume=True)
         made.check()
-        warnings = [] if state.trained else check_captions(made.spec)
+        warnings = [] if state.trained else _check_dataset(made)
         backend = _ready_backend(made)
-        if not state.trained:
-            check_images(made.spec)
         opened.write_plan(made)
         return _run(made, opened, backend, on_event, resume=True, warnings=warnings)
 
@@ -108,6 +101,16 @@ def resume(folder: Path, on_event: OnEvent | None = None) -> RunResult:
 def runs(root: Path | None = None) -> list[RunEntry]:
     """The runs in a folder (by default ./runs), newest first. Raises RunFolderError when it cannot be read."""
     return list_runs(DEFAULT_ROOT if root is None else root)
+
+
+def _check_dataset(made: Plan, strict: bool = False) -> list[str]:
+    """Raise DataError for captions and images that no trainer may be given; the warnings on others."""
+    from loraport.preflight import check_captions, check_images
+
+    warnings = check_captions(made.spec, strict)
+    if made.reads_images:
+        check_images(made.spec)
+    return warnings
 
 
 def _run(

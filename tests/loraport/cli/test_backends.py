@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_datasets import write_pair
 
 
 def loraport(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +32,7 @@ def test_each_backend_is_listed_with_why_it_is_not_ready(tmp_path: Path) -> None
 
 
 def test_a_backend_that_is_not_installed_says_how_to_and_ends_with_five(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
+    write_pair(tmp_path / "images", "a.png")
     (tmp_path / "spec.yaml").write_text("name: x\nmodel: {checkpoint: ./m}\ndataset: {path: images}\n")
     for arguments in (["backends", "doctor", "simpletuner"], ["train", "spec.yaml", "--backend", "simpletuner"]):
         done = loraport(tmp_path, *arguments)

@@ -249,10 +249,11 @@ def test_a_spec_that_is_not_there_ends_with_three(spec_file: Path, name: str) ->
 
 
 def test_a_backend_that_is_not_ready_ends_with_five_and_leaves_nothing(spec_file: Path) -> None:
+    write_pair(spec_file.parent / "images", "a.png")
     code, _, err = run("train", spec_file, "--backend", "modest")
     assert code == 5
     assert "The backend modest cannot train here: it is only a test" in err
-    assert sorted(path.name for path in spec_file.parent.iterdir()) == ["spec.yaml"]
+    assert sorted(path.name for path in spec_file.parent.iterdir()) == ["images", "spec.yaml"]
 
 
 def test_an_output_folder_that_is_a_file_ends_with_seven(spec_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

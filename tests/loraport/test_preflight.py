@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from typer.testing import CliRunner
 
 from loraport.cli.main import build_app
 from loraport.errors import DataError
-from loraport.planning import Kind
 from loraport.plugins import plugins
 from loraport.preflight import check_captions, check_images
-from loraport.run.api import plan, train
+from loraport.run.api import train
 from loraport.spec.load import build_spec
 from loraport.spec.models import TrainSpec
 
@@ -57,14 +55,6 @@ def test_no_trainer_is_started_on_an_image_that_cannot_be_read(backend: str, tmp
     with pytest.raises(DataError, match=r"b\.png: "):
         train(spec(tmp_path / "set"), backend, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_backend_that_ignores_images_is_started_without_them(tmp_path: Path) -> None:
-    made = plan(spec(tmp_path / "gone"), "native")
-    assert made.reads_images
-    path = next(verdict for verdict in made.verdicts if verdict.path == "dataset.path")
-    others = [verdict for verdict in made.verdicts if verdict is not path]
-    assert not replace(made, verdicts=[*others, replace(path, kind=Kind.IGNORED)]).reads_images
 
 
 @pytest.mark.parametrize("where", ["dataset", "regularization", "validation"])

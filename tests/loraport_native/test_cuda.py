@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from loraport.errors import OutOfMemoryError  # noqa: E402
 from loraport.spec.load import load_spec  # noqa: E402
 
 pytestmark = [
@@ -52,9 +53,24 @@ QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "spec.yaml"
     ids=lambda settings: ",".join(settings),
 )
 def test_the_quickstart_trains_on_the_card(settings: list[str], tmp_path: Path) -> None:
-    overrides = [*settings, "model.dtype=bf16", "train.steps=40", "validation.every=40"]
-    arguments = [part for override in overrides for part in ("--set", override)]
-    done = subprocess.run(
+    done = train_quickstart(tmp_path, *settings, "train.steps=40", "validation.every=40")
+    assert done.returncode == 0, done.stderr + done.stdout[-3000:]
+    told = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    held_out = [event["loss"] for event in told if event["type"] == "validation"]
+    assert held_out[-1] < 0.9 * held_out[0]
+    assert json.loads((tmp_path / "run" / "proof.json").read_text())["ok"]
+
+
+def test_a_run_that_needs_more_than_its_limit_ends_as_out_of_memory(tmp_path: Path) -> None:
+    """cuBLAS alone works in more than that."""
+    done = train_quickstart(tmp_path, "backend.options.memory_limit_gib=0.03")
+    assert done.returncode == OutOfMemoryError.exit_code, done.stderr + done.stdout[-3000:]
+    assert "error: Out of memory: " in done.stderr
+
+
+def train_quickstart(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    arguments = [part for setting in (*settings, "model.dtype=bf16") for part in ("--set", setting)]
+    return subprocess.run(
         [
             sys.executable,
             "-m",
@@ -62,18 +78,13 @@ def test_the_quickstart_trains_on_the_card(settings: list[str], tmp_path: Path) 
             "train",
             str(QUICKSTART),
             "--out",
-            str(tmp_path / "run"),
+            str(folder / "run"),
             *arguments,
         ],
-        env={**os.environ, "LORAPORT_CACHE": str(tmp_path / "cache")},
+        env={**os.environ, "LORAPORT_CACHE": str(folder / "cache")},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr + done.stdout[-3000:]
-    told = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    held_out = [event["loss"] for event in told if event["type"] == "validation"]
-    assert held_out[-1] < 0.9 * held_out[0]
-    assert json.loads((tmp_path / "run" / "proof.json").read_text())["ok"]
 
 
 def test_with_deterministic_the_same_seed_gives_the_same_lora_on_the_card(tmp_path: Path) -> None:

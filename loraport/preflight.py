@@ -33,11 +33,12 @@ _TOLD = 10
 def check_images(spec: TrainSpec) -> None:
     """Raise the DataError with which any backend's run would end that reads the spec's images and captions. Datasets of
     the hub are passed over: they may not be on this disk yet."""
-    paths = [*(one.path for one in image_sets(spec.dataset)), spec.validation.path if spec.validation.every else None]
+    paths = [*(one.path for one in image_sets(spec.dataset)), spec.validation.path]
     if not any(str(path).startswith("hub:") for path in paths):
         family = check_family(spec, plugins().families())
-        trained_sets(spec, family)
-        held_out_items(spec, family)
+        trained_sets(spec, family)  # which reads what is held out of them as well
+        if spec.validation.path is not None:
+            held_out_items(spec, family)
 
 
 def check_captions(spec: TrainSpec, strict: bool = False) -> list[str]:

@@ -44,10 +44,9 @@ def test_rows_are_measured_with_the_memory_of_the_whole_card(tmp_path: Path) -> 
     assert rows["nf4-checkpointing"]["times_stock"] > 0
 
     (tmp_path / "rows.jsonl").unlink()
-    # cuBLAS alone works in more than that, which the prediction knows.
-    capped = bench(tmp_path, "--rows", "nf4-checkpointing", "--limit-memory", "0.03")["nf4-checkpointing"]
-    assert capped["status"] == "does not fit"
-    assert capped["settings"]["limit_gib"] == 0.03
+    capped = bench(tmp_path, "--rows", "nf4-checkpointing", "--limit-memory", "0.1")["nf4-checkpointing"]
+    assert capped["status"] == "out of memory"
+    assert capped["settings"]["limit_gib"] == 0.1
 
 
 def test_a_trainer_on_a_card_is_watched_by_what_the_driver_tells(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ ROWS = (
         bar=Bar(gib=2.7),
     ),
     Row("fp8-dynamic-batch-4", _memory("fp8-dynamic", True), batch=4, bar=Bar(of=_DYNAMIC, throughput=1.1)),
-    # What a batch shares is read once a step: the more of it there is, the more a batch gains.
+    # A batch shares the copying of streamed blocks, and the unpacking of weights.
     Row(
         "fp8-dynamic-streamed-batch-4",
         _memory("fp8-dynamic", True, "group"),

@@ -103,11 +103,27 @@ class Nf4Linear(StoredLinear):
     """A weight in bitsandbytes' nf4: packed (out·in/2, 1) uint8, and the largest value of each 64 numbers in 8 bits."""
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, compute: str = "model") -> None:
-        import bitsandbytes  # noqa: F401  (registers the operators)
-
         super().__init__(weight.shape[0], weight.shape[1], bias)
         self.kind = "nf4" if compute == "model" else f"nf4 {compute}"
-        packed, largest = torch.ops.bitsandbytes.quantize_4bit(weight, NF4_BLOCK, "nf4", torch.uint8)
+        packed, largest = _to_nf4(weight)
         self.register_buffer("packed", packed)
         for name, buffer in zip(("largest", "least", "step"), to_bytes(largest), strict=True):
             self.register_buffer(name, buffer)
+
+
+def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The packed numbers, and the largest value (float32) of each `NF4_BLOCK`.
+
+    bitsandbytes 0.50 quantises on CUDA's default stream, whichever is current (`backends/cuda/ops.py` passes none).
+    """
+    import bitsandbytes  # noqa: F401  (registers the operators)
+
+    weight = weight.contiguous()
+    on_card = weight.device.type == "cuda"
+    if on_card:
+        current, default = torch.cuda.current_stream(weight.device), torch.cuda.default_stream(weight.device)
+        default.wait_stream(current)
+    packed, largest = torch.ops.bitsandbytes.quantize_4bit(weight, NF4_BLOCK, "nf4", torch.uint8)
+    if on_card:
+        current.wait_stream(default)
+    return packed, largest

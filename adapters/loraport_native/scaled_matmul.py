@@ -11,10 +11,12 @@ quantised anew each step. Frozen 8-bit weights under a trained adapter need neit
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  #: the largest number of each format
 _SMALLEST_SCALE = 1e-12  # a row of zeros must not divide by zero
+_FEWEST_ROWS = 17  # that `torch._int_mm` multiplies on a card; a modulation has one row an image
 
 
 def to_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -32,7 +34,15 @@ def product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor
         return torch._scaled_mm(
             left, right.t(), scale_a=left_scale, scale_b=right_scale.t(), out_dtype=dtype, use_fast_accum=True
         )
-    plain = torch._int_mm(left, right.t()).float() if on_card else left.float() @ right.float().t()
+    plain = integer_product(left, right).float() if on_card else left.float() @ right.float().t()
     result = plain * left_scale * right_scale.t()
     # A conversion that changes nothing is none: the compiler of torch 2.11 loses the gradient at one.
     return result if result.dtype == dtype else result.to(dtype)
+
+
+def integer_product(left: Tensor, right: Tensor) -> Tensor:
+    """left (M, K) · rightᵀ (K, N) of int8 in int32, for any M."""
+    rows = len(left)
+    if rows < _FEWEST_ROWS:
+        left = F.pad(left, (0, 0, 0, _FEWEST_ROWS - rows))
+    return torch._int_mm(left, right.t())[:rows]

@@ -45,6 +45,7 @@ QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "spec.yaml"
         ["lora.dora=true"],
         ["lora.dora=true", "memory.quantize=nf4", "memory.offload=group", "memory.compile=regional"],
         ["memory.quantize=int8-dynamic", "memory.compile=regional"],
+        ["memory.storage=nf4", "memory.compute=int8"],
         ["train.batch_size=4", "memory.quantize=fp8-dynamic", "memory.compile=regional"],
         ["train.batch_size=4", "memory.compile=regional", "memory.gradient_checkpointing=none"],
         ["lora.dropout=0.1", "memory.compile=regional", "memory.gradient_checkpointing=true"],
@@ -117,3 +118,21 @@ def test_dropout_of_compiled_blocks_that_are_recomputed_is_drawn_from_the_seed(t
     first = gradients()
     for one, other in zip(gradients(), first, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
+
+
+def test_nf4_is_made_of_a_weight_that_its_stream_is_still_writing() -> None:
+    from loraport_native.quantize import stored_linear
+
+    def quantized(weight: torch.Tensor) -> torch.nn.Module:
+        linear = torch.nn.Linear(256, 256, bias=False, device="meta")
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return stored_linear(linear, "nf4")
+
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16)
+    written_late, stream = torch.zeros_like(weight), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # cycles: some 50 ms
+        made = quantized(written_late.copy_(weight))
+    stream.synchronize()
+    assert torch.equal(made.dequantize(), quantized(weight).dequantize())

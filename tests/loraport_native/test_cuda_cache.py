@@ -43,7 +43,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
 ]
-CARD = torch.device("cuda")
+CARD = torch.device("cuda", 0)
 SIX_GB = (0.94 * 6 - 0.5) * 2**30  #: of a 6 GB card, without what the driver keeps and CUDA's context
 
 
@@ -179,20 +179,15 @@ def test_caching_at_full_size_fits_a_6_gb_card(
     assert all(tensor.is_pinned() for tensor in small.held.values())
 
 
-def test_an_image_of_1536_px_is_the_same_on_the_card_as_on_the_cpu(full: Checkpoint) -> None:
+def test_an_image_of_1536_px_is_the_same_on_the_card_as_on_the_cpu_in_just_the_room_that_it_is_said_to_need(
+    full: Checkpoint,
+) -> None:
     """To the rounding of TF32, in which a card's convolutions multiply float32."""
     pixels = torch.rand(1, 3, 1536, 1536, generator=torch.Generator().manual_seed(0)) * 2 - 1
     vae = load_vae(full, torch.float32, "cpu")
     expected = encode_image(vae, pixels)
-    with capped(SIX_GB):
+    room = sum(p.nbytes for p in vae.parameters()) + encoding_bytes(vae, 1536, 1536)
+    assert room < SIX_GB
+    with capped(room):  # with more, cuDNN takes more
         got = encode_image(vae.to(CARD), pixels).cpu()
-        taken = torch.cuda.max_memory_allocated() - sum(p.nbytes for p in vae.parameters())
-    assert taken < encoding_bytes(vae, 1536, 1536)
     assert (got - expected).norm() < 1e-2 * expected.norm()
-
-
-def test_an_image_is_encoded_in_just_the_room_that_it_is_said_to_need(full: Checkpoint) -> None:
-    vae = load_vae(full, torch.float32, "cpu")
-    pixels = torch.rand(1, 3, 1536, 1536, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with capped(sum(p.nbytes for p in vae.parameters()) + encoding_bytes(vae, 1536, 1536)):
-        assert encode_image(vae.to(CARD), pixels).isfinite().all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraport_native.scaled_matmul import LARGEST, product, to_rows
+from loraport_native.scaled_matmul import LARGEST, integer_product, product, to_rows
 
 FORMATS = list(LARGEST)
 
@@ -36,3 +36,19 @@ def test_a_product_takes_the_scales_out_of_the_sum(dtype: torch.dtype) -> None:
     left, right = to_rows(draw(32, 64), dtype), to_rows(draw(48, 64, seed=1), dtype)
     wanted = (left[0].float() * left[1]) @ (right[0].float() * right[1]).t()
     torch.testing.assert_close(product(*left, *right, torch.float32), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+def test_a_card_is_never_asked_for_a_product_of_sixteen_rows_or_fewer(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's `_int_mm` refuses them; a CPU's takes any, so its rule is made here."""
+    multiply = torch._int_mm
+
+    def as_on_a_card(left: Tensor, right: Tensor) -> Tensor:
+        assert len(left) > 16
+        return multiply(left, right)
+
+    monkeypatch.setattr(torch, "_int_mm", as_on_a_card)
+    left, right = to_rows(draw(rows, 64), torch.int8)[0], to_rows(draw(48, 64, seed=1), torch.int8)[0]
+    assert torch.equal(integer_product(left, right), left.int() @ right.int().t())

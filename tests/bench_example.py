@@ -192,6 +192,7 @@ def _run(position: int, tier: Any, profile: str, backend: str, repeat: int, chan
             run_extra_s=1.3,
             run_extras_s=[0.9, 1.3, 1.4],
             pairs=3,
+            phase_extras_s={"start": 0.6, "load_quantise": 0.5, "train": -0.02, "save": 0.2},
         )
         if repeat == 0 and tier == "matched"
         else None,

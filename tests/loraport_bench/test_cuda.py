@@ -44,7 +44,7 @@ def test_rows_are_measured_with_the_memory_of_the_whole_card(tmp_path: Path) -> 
     assert rows["nf4-checkpointing"]["times_stock"] > 0
 
     (tmp_path / "rows.jsonl").unlink()
-    half = rows["nf4-checkpointing"]["peak_reserved_gib"] / 2
+    half = rows["nf4-checkpointing"]["peak_allocated_gib"] / 2
     capped = bench(tmp_path, "--rows", "nf4-checkpointing", "--limit-memory", str(half))["nf4-checkpointing"]
     assert capped["status"] == "out of memory", capped
     assert capped["settings"]["limit_gib"] == half

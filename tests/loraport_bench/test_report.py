@@ -384,3 +384,9 @@ def test_the_command_writes_the_reports_anew_and_tells_of_a_folder_without_resul
     taken = CliRunner().invoke(build_app(), ["bench", "report", str(tmp_path), "-o", str(place)])
     assert taken.exit_code == 7
     assert "cannot be made" in taken.stderr
+
+
+def test_an_overhead_is_told_with_the_phases_that_it_is_in() -> None:
+    told = tables.overheads(example())
+    assert told is not None
+    assert told.rows[0][told.head.index("in its phases")] == "start +0.6 s; load, quantise +0.5 s; save +0.2 s"

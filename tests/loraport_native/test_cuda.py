@@ -126,7 +126,7 @@ def test_nf4_is_made_of_a_weight_that_its_stream_is_still_writing() -> None:
     def quantized(weight: torch.Tensor) -> torch.nn.Module:
         linear = torch.nn.Linear(256, 256, bias=False, device="meta")
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-        return stored_linear(linear, "nf4")
+        return stored_linear(linear, "nf4", "model")
 
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16)
     written_late, stream = torch.zeros_like(weight), torch.cuda.Stream()

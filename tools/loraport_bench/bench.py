@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraport.errors import LoraPortError
+from loraport.errors import Interrupted, LoraPortError
 from loraport.families import check_family
 from loraport.files import write_atomic
 from loraport.planning import Plan
@@ -36,6 +36,7 @@ from loraport_bench.tiers import MATCHED, MEASURED, best_effort, inequalities, m
 
 #: What going through LoraPort may cost: a share of a step, and seconds of a run.
 OVERHEAD_SHARE, OVERHEAD_SECONDS = 0.01, 2.0
+_NO_OVERHEAD = "The overhead could not be measured"
 Tell = Callable[[str], None]
 
 
@@ -104,26 +105,27 @@ class Bench:
                 self.tell("The session's time is up; the same command goes on with what is left.")
                 break
             with self._row_lock(job) as mine:
-                if job.key in self.done():
+                done = self.done()
+                if job.key in done and not self._lacks_overhead(job, done):
                     self.tell(f"{job.key}: there already")
                 elif not mine:
                     self.tell(f"{job.key}: another session runs it now")
                 else:
                     with alone_on_machine(f"row {job.key} of {self.folder}", self.queue):
-                        self.run_job(job, staged)
+                        if job.key not in done:
+                            self.run_job(job, staged)
+                        if self._lacks_overhead(job, self.done()):
+                            self._add_overhead(job, staged)
                     ran += 1
                     self.gather()
         self.score(jobs)
 
-    def run_job(self, job: Job, staged: Staged) -> r.Run:
+    def run_job(self, job: Job, staged: Staged) -> None:
         """Run one row, whose lock is held."""
         expected = expected_seconds(job, self.done().values())
         self.tell(f"{job.key} …" + (f" (about {expected:.0f} s)" if expected else ""))
         run = run_row(job, self.plan(job, staged), self.machinery)
         self.tell(f"{job.key}: {summary(run)}")
-        if self.settings.overhead_pairs and run.status == "ok" and self._first_of_backend(job):
-            run = self._with_overhead(run, job, staged)
-        return run
 
     def score(self, jobs: list[Job]) -> None:
         """Score what these jobs trained and is not scored yet."""
@@ -149,7 +151,7 @@ class Bench:
             command=self.command,
             created=created,
             updated=now,
-            complete=len(done) == len(self.jobs),
+            complete=len(done) == len(self.jobs) and not any(self._lacks_overhead(job, done) for job in self.jobs),
             spec_sha256=self.settings.spec_sha256,
             spec=shortened(self.settings.given, self.folder),
             protocol=self._protocol(staged),
@@ -222,27 +224,31 @@ class Bench:
             changed=self._changed,
         )
 
-    def _first_of_backend(self, job: Job) -> bool:
-        """Whether no other row of this backend has its overhead measured."""
-        return not any(run.backend == job.backend and run.overhead for run in self.done().values())
+    def _lacks_overhead(self, job: Job, done: dict[str, r.Run]) -> bool:
+        """Whether what LoraPort costs is still to be measured on this row: on the first good one of its backend."""
+        of_backend = [run for run in done.values() if run.backend == job.backend and run.status == "ok"]
+        tried = any(run.overhead or _NO_OVERHEAD in " ".join(run.notes) for run in of_backend)
+        return bool(self.settings.overhead_pairs and not tried and of_backend and of_backend[0].key == job.key)
 
-    def _with_overhead(self, run: r.Run, job: Job, staged: Staged) -> r.Run:
+    def _add_overhead(self, job: Job, staged: Staged) -> None:
+        """Measure what LoraPort costs, and write it into the row's record."""
         self.tell(f"{job.key}: the overhead, {self.settings.overhead_pairs} pairs …")
-        place = self.folder / "overhead"
+        row = self.machinery.row_folder(job)
+        place, run = row / "overhead", self.done()[job.key]
         place.mkdir(exist_ok=True)
+        measured, notes = None, []
         try:
             measured = measure_overhead(self.content(job, staged), job.backend, self.settings, place)
-            run = run.model_copy(update={"overhead": measured})
-            if measured.step_share > OVERHEAD_SHARE or measured.run_extra_s > OVERHEAD_SECONDS:
-                most = f"{OVERHEAD_SHARE:.0%} of a step or {OVERHEAD_SECONDS:g} s of a run"
-                note = f"By the median of its pairs, LoraPort costs more than {most} here."
-                run = run.model_copy(update={"notes": [*run.notes, note]})
+        except Interrupted:
+            raise
         except LoraPortError as error:
-            run = run.model_copy(update={"notes": [*run.notes, f"The overhead could not be measured: {error.message}"]})
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-        write_atomic(self.machinery.row_folder(job) / RECORD, run.model_dump_json() + "\n")
-        return run
+            notes = [f"{_NO_OVERHEAD}: {error.message}"]
+        if measured and (measured.step_share > OVERHEAD_SHARE or measured.run_extra_s > OVERHEAD_SECONDS):
+            most = f"{OVERHEAD_SHARE:.0%} of a step or {OVERHEAD_SECONDS:g} s of a run"
+            notes = [f"By the median of its pairs, LoraPort costs more than {most} here."]
+        run = run.model_copy(update={"overhead": measured, "notes": [*run.notes, *notes]})
+        write_atomic(row / RECORD, run.model_dump_json() + "\n")
+        shutil.rmtree(place)
 
 
 def summary(run: r.Run) -> str:

@@ -50,7 +50,7 @@ def step(
         Path | None, typer.Option(help="Folder for checkpoint, data and runs; the cache's when left out.")
     ] = None,
     limit_memory: Annotated[
-        float | None, typer.Option(metavar="GIB", min=0.1, help="Most that torch may take of the card, in every row.")
+        float | None, typer.Option(metavar="GIB", min=0.01, help="Most that torch may take of the card, in every row.")
     ] = None,
     quality: Annotated[bool, typer.Option("--quality", help="Measure held-out loss instead of time.")] = False,
     seeds: Annotated[str, typer.Option(help="Seeds for --quality, separated by commas.")] = "0,1,2",

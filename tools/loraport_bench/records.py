@@ -242,6 +242,9 @@ class Overhead(Data):
     pairs: int = Field(ge=1, description="Pairs run in turn; the medians of their differences are given.")
     step_shares: list[float] = Field([], description="`step_share` of each pair.")
     run_extras_s: list[float] = Field([], description="`run_extra_s` of each pair.")
+    phase_extras_s: dict[PhaseName, float] = Field(
+        {}, description="Seconds of each phase beyond the same one started by hand; medians of the pairs."
+    )
 
 
 class Run(Data):

@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loraport_bench.records import Card, Protocol, Results, Run
+from loraport_bench.records import Card, Overhead, Protocol, Results, Run
 from loraport_bench.report.numbers import Entry, Group, gib, joules, numbers, ranged, seconds
 from loraport_bench.schedule import group_name
 
@@ -182,6 +182,14 @@ def _change(each: list[float], median: float, unit: str) -> str:
     return f"{median:+.2f}{unit}{between}"
 
 
+def _in_phases(overhead: Overhead) -> str:
+    """What each phase takes longer, but for what rounds to nothing."""
+    told = [
+        f"{phase_title(name)} {extra:+.1f} s" for name, extra in overhead.phase_extras_s.items() if abs(extra) >= 0.05
+    ]
+    return "; ".join(told) or "–"
+
+
 def overheads(results: Results) -> Table | None:
     """What going through LoraPort costs; None when it was not measured."""
     rows = [
@@ -192,14 +200,16 @@ def overheads(results: Results) -> Table | None:
             _change([100 * share for share in run.overhead.step_shares], 100 * run.overhead.step_share, " %"),
             seconds(run.overhead.run_s),
             _change(run.overhead.run_extras_s, run.overhead.run_extra_s, " s"),
+            _in_phases(run.overhead),
             f"{run.overhead.pairs}",
         )
         for run in results.runs
         if run.overhead
     ]
-    head = ("backend", "group", "step by hand", "step through LoraPort", "run by hand", "run through LoraPort", "pairs")
+    step, run = ("step by hand", "step through LoraPort"), ("run by hand", "run through LoraPort", "in its phases")
+    head = ("backend", "group", *step, *run, "pairs")
     caption = "The same configuration started by hand and through LoraPort: medians (least – greatest) of the pairs"
-    return Table(caption, head, rows, frozenset({"group"})) if rows else None
+    return Table(caption, head, rows, frozenset({"group", "in its phases"})) if rows else None
 
 
 def unfinished(results: Results) -> Table | None:

@@ -218,7 +218,7 @@ def advice_for(spec: TrainSpec, backend: str | None = None, facts: DatasetFacts 
 
     facts: looked up without opening an image when left out. Raises SpecError for names in the spec that are not known.
     """
-    from loraport.gpu import cards
+    from loraport.gpu import cards_for
     from loraport.plugins import plugins
     from loraport.profiles import resolve_memory
     from loraport.run.api import DEFAULT_BACKEND
@@ -226,7 +226,7 @@ def advice_for(spec: TrainSpec, backend: str | None = None, facts: DatasetFacts 
 
     resolved = resolve_memory(spec, plugins().profiles())
     chosen = plugins().backend(backend or spec.backend.name or DEFAULT_BACKEND)
-    card = min(cards()[: spec.train.gpus], key=lambda card: card.memory_gib, default=None)
+    card = min(cards_for(spec), key=lambda card: card.memory_gib, default=None)
     measured = [*plugins().measurements(), *measured_runs()]
     return advise(resolved, chosen, look_at(resolved) if facts is None else facts, card, measured)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loraport.planning import Plan
     from loraport.profiles import Profile
+    from loraport.spec.models import TrainSpec
 
 
 #: The least compute capability (major, minor) that multiplies in 8-bit floats.
@@ -27,7 +30,8 @@ class Card:
 
 
 def cards() -> list[Card]:
-    """The NVIDIA cards of this machine, by index; none when there is no NVIDIA driver."""
+    """The NVIDIA cards that CUDA_VISIBLE_DEVICES names, in its order, or all of this machine, in the driver's; none
+    without an NVIDIA driver. A trainer counts them alike: it is started with CUDA_DEVICE_ORDER=PCI_BUS_ID."""
     import pynvml
 
     try:
@@ -35,10 +39,17 @@ def cards() -> list[Card]:
     except pynvml.NVMLError:
         return []
     try:
-        found = [_card(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [card for card in found if card is not None]
+        return [card for card in map(_card, _visible(pynvml.nvmlDeviceGetCount())) if card is not None]
     finally:
         pynvml.nvmlShutdown()
+
+
+def cards_for(spec: TrainSpec) -> list[Card]:
+    """Those of `cards` that a spec trains on: the one that `backend.options.device` names, or the first
+    `train.gpus`."""
+    kind, _, number = str(spec.backend.options.get("device", "auto")).partition(":")
+    first = int(number) if kind == "cuda" and number.isdecimal() else 0
+    return cards()[first : first + spec.train.gpus]
 
 
 def profiles_up_to(card_gib: float, profiles: Mapping[tuple[str, str], Profile]) -> list[Profile]:
@@ -92,10 +103,24 @@ def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
-def _card(index: int) -> Card | None:
+def _visible(count: int) -> list[str]:
+    """Indices or UUIDs of the cards that CUDA shows; as it does, those that are named before one that is not there."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is None:
+        return [str(index) for index in range(count)]
+    names = (name.strip() for name in told.split(","))
+    there = lambda name: int(name) < count if name.isdecimal() else name.startswith(("GPU-", "MIG-"))  # noqa: E731
+    return list(itertools.takewhile(there, names))
+
+
+def _card(name: str) -> Card | None:
     import pynvml
 
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    try:
+        by_index = name.isdecimal()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(name)
+    except pynvml.NVMLError:  # CUDA takes the beginning of a UUID too
+        return None
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)

@@ -126,7 +126,7 @@ def _preset(spec: TrainSpec, profiles: Mapping[tuple[str, str], Profile]) -> tup
     if name is None:
         return None, {}
     if name == AUTO:
-        return _preset_of_this_machine(spec.train.gpus, profiles)
+        return _preset_of_this_machine(spec, profiles)
     return name, _find(profiles, "hardware", "memory.profile", name).sets
 
 
@@ -162,13 +162,13 @@ def _find(profiles: Mapping[tuple[str, str], Profile], kind: str, where: str, na
 
 
 def _preset_of_this_machine(
-    gpus: int, profiles: Mapping[tuple[str, str], Profile]
+    spec: TrainSpec, profiles: Mapping[tuple[str, str], Profile]
 ) -> tuple[str | None, Mapping[str, Any]]:
-    """The name and the settings of the hardware profile for the smallest of the first `gpus` cards."""
-    from loraport.gpu import cards, settings_for
+    """The name and the settings of the hardware profile for the smallest of the cards that a spec trains on."""
+    from loraport.gpu import cards_for, settings_for
 
     choices = ", ".join(name for kind, name in profiles if kind == "hardware")
-    found = cards()[:gpus]
+    found = cards_for(spec)
     if not found:
         raise SpecError(
             "memory.profile: auto reads the card, and this machine has no NVIDIA card that can be asked.",

@@ -7,10 +7,14 @@ long again on an H200 (docs/benchmarks/2026-11-21-h200-narrow-products.jsonl).
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from loraport_native.device import compilers
 
 _WIDEST = 64  #: rank from which on the product is bound by arithmetic, which cuBLAS is better at
 _LIBRARY = torch.library.Library("loraport", "DEF")
@@ -62,7 +66,13 @@ def _narrow_on_cuda(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _is_for_the_kernel(left: Tensor) -> bool:
-    return left.shape[1] <= _WIDEST and left.dtype in (torch.bfloat16, torch.float16)
+    return left.shape[1] <= _WIDEST and left.dtype in (torch.bfloat16, torch.float16) and _triton_builds()
+
+
+@cache
+def _triton_builds() -> bool:
+    """Whether there is a compiler for the part of a launcher that Triton builds at a kernel's first use."""
+    return any(map(shutil.which, compilers("cuda")))
 
 
 def _shapes_only(total: Tensor, left: Tensor, right: Tensor, others: list[Tensor]) -> None:

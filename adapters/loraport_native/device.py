@@ -17,6 +17,11 @@ from loraport.gpu import FP8_CAPABILITY
 from loraport.spec.models import TrainSpec
 from loraport_native.attention import flash_3_is_there
 
+#: Below it bf16 is emulated, without attention that works in little memory, and is not compiled (`compile_fx.py`).
+_BF16_CAPABILITY = (8, 0)
+#: The first torch whose compiler reads fp8 numbers on a card that cannot multiply them (pytorch#167082, #184008).
+_FP8_COMPILES_ANYWHERE = "2.13"
+
 #: fp16 is not among them: without loss scaling most of the gradient is below its smallest number.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -118,10 +123,10 @@ def check_device(spec: TrainSpec, device: torch.device) -> None:
     _check_card(spec, device)
     if device.type == "cuda":
         flash_3_is_there(device.index)
-    if spec.memory.compile != "none" and not any(map(shutil.which, _compilers(device))):
+    known = compilers(device.type)
+    if spec.memory.compile != "none" and not any(map(shutil.which, known)):
         raise SpecError(
-            f"memory.compile: {spec.memory.compile} needs a compiler, {' or '.join(_compilers(device))}, and none is "
-            "installed.",
+            f"memory.compile: {spec.memory.compile} needs a compiler, {' or '.join(known)}, and none is installed.",
             hint="Install one, or set memory.compile: none.",
         )
 
@@ -141,11 +146,25 @@ def _check_card(spec: TrainSpec, device: torch.device) -> None:
                     f"{path}: {value} needs a CUDA card, and this run would use the {device.type.upper()}.",
                     hint=f"Set {path}: {without}, or backend.options.device: cpu to try it without its speed.",
                 )
-    elif memory.compute == "fp8" and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    has = f"; {torch.cuda.get_device_name(device)} has {_dotted(capability)}."
+    if spec.model.dtype == "bf16" and capability < _BF16_CAPABILITY:
         raise SpecError(
-            f"memory.compute: fp8 needs a card of compute capability {_dotted(FP8_CAPABILITY)} or more; "
-            f"{torch.cuda.get_device_name(device)} has {_dotted(capability)}.",
-            hint="Set memory.quantize: int8, which takes the same memory; memory.profile: auto does so by itself.",
+            f"model.dtype: bf16 needs a card of compute capability {_dotted(_BF16_CAPABILITY)} or more{has}",
+            hint="Set model.dtype: fp32.",
+        )
+    if capability >= FP8_CAPABILITY:
+        return
+    hint = "Set memory.quantize: int8, which takes the same memory; memory.profile: auto does so by itself."
+    needs = f"needs a card of compute capability {_dotted(FP8_CAPABILITY)} or more"
+    if memory.compute == "fp8":
+        raise SpecError(f"memory.compute: fp8 {needs}{has}", hint=hint)
+    if memory.storage == "fp8" and memory.compile != "none" and torch.__version__ < _FP8_COMPILES_ANYWHERE:
+        raise SpecError(
+            f"memory.storage: fp8 with memory.compile: {memory.compile} {needs}, or torch "
+            f"{_FP8_COMPILES_ANYWHERE}{has}",
+            hint="Set memory.quantize: int8, which takes the same memory.",
         )
 
 
@@ -165,8 +184,9 @@ def make_deterministic(spec: TrainSpec) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _compilers(device: torch.device) -> list[str]:
-    """Where torch.compile looks: Triton's launchers are C on CUDA; elsewhere the kernels themselves are C++."""
-    if device.type == "cuda":
+def compilers(kind: str) -> list[str]:
+    """Where torch.compile and Triton look, by the type of the device: Triton's launchers are C on CUDA; elsewhere the
+    kernels themselves are C++."""
+    if kind == "cuda":
         return [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     return [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]

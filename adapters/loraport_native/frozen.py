@@ -217,7 +217,8 @@ def _nf4_in(dtype: torch.dtype) -> tuple[Product, Product]:
         return _scaled_rows(x, *to_rows(_unpack((-1, x.shape[1]), x.dtype, *stored), dtype))
 
     def back(gradient: Tensor, *stored: Tensor) -> Tensor:
-        return _scaled_rows(gradient, *to_rows(_unpack_anew(gradient, *stored).t(), dtype))
+        rows, scale = to_rows(_unpack_anew(gradient, *stored).t(), dtype)
+        return _scaled_rows(gradient, rows.contiguous(), scale)  # as a card's products want them
 
     return times, back
 

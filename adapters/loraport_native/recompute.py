@@ -7,6 +7,7 @@ dearest part to compute; auto recomputes only as many blocks as it must for the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -85,15 +86,19 @@ def recompute_what_must_be(model: Ideogram4, probe: Callable[[], None], limit: i
     """
     total = len(model.layers) - 1  # the last never is
     fewer = max(0, total - 2)
-    peaks = []
-    for recomputed in (total, fewer):
+
+    def peak(recomputed: int) -> int:
         recompute(model, "full", recomputed)
         probe()  # the first pass also compiles and fills caches, which is not what is measured
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         probe()
-        peaks.append(torch.cuda.max_memory_allocated())
-    each = max(1, (peaks[1] - peaks[0]) // max(1, total - fewer))
-    spared = max(0, min(total, int((limit * (1 - _MARGIN) - peaks[0]) // each)))
+        return torch.cuda.max_memory_allocated()
+
+    least, spared = peak(total), 0
+    with contextlib.suppress(torch.OutOfMemoryError):  # what does not fit even once is recomputed
+        each = max(1, (peak(fewer) - least) // max(1, total - fewer))
+        spared = max(0, min(total, int((limit * (1 - _MARGIN) - least) // each)))
     recompute(model, "full", total - spared)
+    torch.cuda.empty_cache()
     return total - spared

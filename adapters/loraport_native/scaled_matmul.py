@@ -31,11 +31,12 @@ def product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor
     """left (M, K) · rightᵀ (K, N) in `dtype`, both 8-bit and row-major, with float32 scales (M, 1) and (N, 1)."""
     on_card, integers = left.device.type == "cuda", left.dtype == torch.int8
     if on_card and not integers:
-        return torch._scaled_mm(
-            left, right.t(), scale_a=left_scale, scale_b=right_scale.t(), out_dtype=dtype, use_fast_accum=True
-        )
-    plain = integer_product(left, right).float() if on_card else left.float() @ right.float().t()
-    result = plain * left_scale * right_scale.t()
+        # Cards other than Hopper's give nothing but bfloat16 of scaled rows.
+        scales = {"scale_a": left_scale, "scale_b": right_scale.t()}
+        result = torch._scaled_mm(left, right.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+    else:
+        plain = integer_product(left, right).float() if on_card else left.float() @ right.float().t()
+        result = plain * left_scale * right_scale.t()
     # A conversion that changes nothing is none: the compiler of torch 2.11 loses the gradient at one.
     return result if result.dtype == dtype else result.to(dtype)
 

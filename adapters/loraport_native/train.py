@@ -173,11 +173,12 @@ def _checkpoint_name(spec: TrainSpec, run_dir: Path) -> str:
 
 def _out_of_memory(spec: TrainSpec, error: Exception) -> OutOfMemoryError:
     """What ran out, and the profile of this machine's card unless that is the one in use."""
-    from loraport.gpu import cards, profile_for
+    from loraport.gpu import cards_for, profile_for
     from loraport.plugins import plugins
 
     detail = (str(error) or "the host has no memory left").splitlines()[0]
-    fitting = profile_for(cards()[0].memory_gib, plugins().profiles()) if cards() else None
+    cards = cards_for(spec)
+    fitting = profile_for(cards[0].memory_gib, plugins().profiles()) if cards else None
     if fitting is not None and fitting.name != spec.memory.profile:
         advice = (
             f"This card is one for the profile {fitting.name}: start again with --set memory.profile={fitting.name}"

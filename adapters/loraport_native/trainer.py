@@ -6,13 +6,15 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from loraport.buckets import Size
 from loraport.errors import BackendError
 from loraport.run.events import Checkpoint, Event, PhaseStarted, Progress, Resumed, Step, Validation
 from loraport.spec.models import TrainSpec
@@ -21,6 +23,7 @@ from loraport_native.checkpoints import load_state, save_checkpoint, whole_check
 from loraport_native.data import Sample, TrainingSet, epoch_batches
 from loraport_native.device import free_memory_bytes, peak_memory_gib, peak_reserved_gib, read_later, restart_peak
 from loraport_native.distributed import ALONE, Group
+from loraport_native.footprint import OPTIMIZER_BYTES
 from loraport_native.held_out import case, case_count
 from loraport_native.lora import Adapter, Ema, Masters, write_adapter
 from loraport_native.models.ideogram4 import Ideogram4
@@ -128,20 +131,23 @@ class Trainer:
         if self.step == self.spec.train.steps or (memory.compile == "none" and not settles):
             return
         self.emit(PhaseStarted(phase="compile"))
-        index, batch = self._largest_batch()
+        batch = self._largest_batch()
 
         def probe() -> None:
             self.model.train()
-            self._loss(batch, index).backward()
-            for parameter in self.adapter.parameters():
-                parameter.grad = None
+            try:
+                self._loss(batch, 0).backward()
+            finally:
+                for parameter in self.adapter.parameters():
+                    parameter.grad = None
 
         if not settles:
             probe()
             self._compiled()
             return
-        # The optimizer's state is not there yet: two moments of 4 bytes a parameter, at most.
-        state = 8 * sum(weight.numel() for weight in self.masters.weights)
+        # What is not there yet: the optimizer's state, and the gradients that wait in float32 for the next pass.
+        later = OPTIMIZER_BYTES[self.spec.train.optimizer] + (4 if self.spec.train.gradient_accumulation > 1 else 0)
+        state = int(later * sum(weight.numel() for weight in self.masters.weights))
         limit = torch.cuda.memory_allocated(self.device) + free_memory_bytes(self.device) - state
         count = recompute_what_must_be(self.model, probe, limit)
         print(f"memory.gradient_checkpointing: auto recomputes {count} of {len(self.model.layers)} blocks.", flush=True)
@@ -152,15 +158,19 @@ class Trainer:
         self.emit(Progress(done=1, total=1, peak_memory_gib=peak_memory_gib(self.device)))
         restart_peak(self.device)
 
-    def _largest_batch(self) -> tuple[int, list[Sample]]:
-        """The batch of the first epoch with the most tokens, and its index."""
-        batches = epoch_batches(self.data.samples, self.spec.train.batch_size, self.spec.train.seed, 0)
+    def _largest_batch(self) -> list[Sample]:
+        """A batch of as many tokens as any may have: of one size, the longest captions, none of them dropped."""
+        length = {sample.text: len(self.data.text(sample.text)) for sample in self.data.samples}
+        buckets: defaultdict[Size, list[Sample]] = defaultdict(list)
+        for sample in sorted(self.data.samples, key=lambda one: length[one.text], reverse=True):
+            if len(buckets[sample.bucket]) < self.spec.train.batch_size:
+                buckets[sample.bucket].append(replace(sample, caption_dropout=0.0))
 
         def tokens(batch: list[Sample]) -> int:
             width, height = batch[0].bucket
-            return sum((width // 16) * (height // 16) + len(self.data.text(one.text)) for one in batch)
+            return sum((width // 16) * (height // 16) + length[one.text] for one in batch)
 
-        return max(enumerate(batches), key=lambda entry: tokens(entry[1]))
+        return max(buckets.values(), key=tokens)
 
     # -- one optimizer step -------------------------------------------------------------------------------------
 

@@ -167,7 +167,7 @@ def _collected(made: Plan, folder: RunFolder, backend: Backend) -> Path | None:
 def _plan(spec: TrainSpec, backend: str, run_dir: Path, resume: bool) -> Plan:
     from loraport.families import check_family
     from loraport.footprint import forecast
-    from loraport.gpu import cards, lacking
+    from loraport.gpu import cards_for, lacking
     from loraport.plugins import plugins
     from loraport.profiles import resolve_memory
 
@@ -175,7 +175,7 @@ def _plan(spec: TrainSpec, backend: str, run_dir: Path, resume: bool) -> Plan:
     resolved = resolve_memory(_whole(spec, backend), profiles)
     check_family(resolved, plugins().families())
     made = make_plan(resolved, chosen, run_dir, resume)
-    used = cards()[: resolved.train.gpus]
+    used = cards_for(resolved)
     card = min(used, key=lambda card: card.memory_gib, default=None)
     return replace(
         made,

@@ -44,7 +44,8 @@ def supervise(plan: Plan, folder: RunFolder, backend: Backend, record: Record, r
     cannot be started or prints nothing for SILENCE seconds, and RunFolderError when the folder cannot be written any
     more.
     """
-    environment = {"PYTHONUNBUFFERED": "1", **os.environ, **plan.env}
+    # Cards are counted as the driver does, which the plan asked about them.
+    environment = {"PYTHONUNBUFFERED": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", **os.environ, **plan.env}
     if shutil.which(plan.command[0], path=environment.get("PATH")) is None:
         raise BackendError(
             f"The backend {plan.backend} starts {plan.command[0]}, which is not there or not a program.",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pynvml
 import pytest
 
-from loraport.gpu import Card, cards, profile_for, settings_for
+from loraport.gpu import Card, cards, cards_for, profile_for, settings_for
 from loraport.profiles import Profile
+from loraport.spec.models import TrainSpec
 
 PROFILES = {
     (kind, name): Profile(kind, name, "", card_gib=gib)
@@ -45,8 +47,65 @@ def test_cards_are_told_as_the_driver_tells_them(monkeypatch: pytest.MonkeyPatch
         return SimpleNamespace(total=24_564 * 2**20)
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", memory)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert cards() == [Card("Card 0", 24_564 / 1024, (8, 9))]
     assert closed
+
+
+@pytest.fixture
+def three_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_uuid(uuid: str) -> int:
+        if uuid not in ("GPU-a", "GPU-b", "GPU-c"):
+            raise pynvml.NVMLError_NotFound
+        return "abc".index(uuid[-1])
+
+    told = {"Init": lambda: None, "Shutdown": lambda: None, "DeviceGetCount": lambda: 3}
+    told |= {"DeviceGetHandleByIndex": lambda index: index, "DeviceGetHandleByUUID": by_uuid}
+    told |= {"DeviceGetName": lambda handle: "abc"[handle], "DeviceGetCudaComputeCapability": lambda handle: (8, 9)}
+    told |= {"DeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=(8 + handle) * 2**30)}
+    for name, answer in told.items():
+        monkeypatch.setattr(pynvml, f"nvml{name}", answer)
+
+
+@pytest.mark.usefixtures("three_cards")
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, "abc"),
+        ("2,0", "ca"),
+        (" 1 ", "b"),
+        ("GPU-c,GPU-a", "ca"),
+        ("GPU-unknown,1", "b"),
+        ("", ""),
+        ("-1", ""),
+        ("0,7,1", "a"),  # CUDA stops at the first that is not there
+    ],
+)
+def test_cards_are_those_that_cuda_shows(monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: str) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [card.name for card in cards()] == list(expected)
+
+
+@pytest.mark.usefixtures("three_cards")
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"),
+    [("auto", 1, "a"), ("cuda", 2, "ab"), ("cuda:2", 1, "c"), ("cuda:9", 1, ""), ("cpu", 1, "a"), ("auto", 4, "abc")],
+)
+def test_a_run_is_planned_for_the_cards_that_it_will_use(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, expected: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    content: dict[str, Any] = {
+        "name": "a",
+        "model": {"checkpoint": "tiny"},
+        "dataset": {"path": "images"},
+        "train": {"gpus": gpus},
+    }
+    spec = TrainSpec.model_validate(content | {"backend": {"options": {"device": device}}})
+    assert [card.name for card in cards_for(spec)] == list(expected)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from loraport_native import add_product
 from loraport_native.add_product import add_product_, narrow_product
 
 SIZES = [(1, 1, 1), (5, 300, 4), (130, 260, 17), (300, 448, 32), (129, 257, 33), (64, 128, 64), (200, 96, 128)]
@@ -88,3 +92,14 @@ def test_the_operators_are_whole_under_the_compiler(device: str) -> None:
         (left, up.t()),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
+
+
+def test_without_a_compiler_the_kernel_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton builds launchers in C at a kernel's first use, also where nothing is compiled."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    left = torch.zeros(40, 8, dtype=torch.bfloat16)
+    for compiler, there in ((sys.executable, True), (str(tmp_path / "cc"), False), (None, False)):
+        monkeypatch.setenv("CC", compiler) if compiler else monkeypatch.delenv("CC")
+        add_product._triton_builds.cache_clear()
+        assert add_product._is_for_the_kernel(left) is there
+    add_product._triton_builds.cache_clear()

@@ -46,6 +46,7 @@ QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "spec.yaml"
         ["lora.dora=true", "memory.quantize=nf4", "memory.offload=group", "memory.compile=regional"],
         ["memory.quantize=int8-dynamic", "memory.compile=regional"],
         ["memory.storage=nf4", "memory.compute=int8"],
+        ["memory.storage=nf4", "memory.compute=fp8"],
         ["train.batch_size=4", "memory.quantize=fp8-dynamic", "memory.compile=regional"],
         ["train.batch_size=4", "memory.compile=regional", "memory.gradient_checkpointing=none"],
         ["lora.dropout=0.1", "memory.compile=regional", "memory.gradient_checkpointing=true"],

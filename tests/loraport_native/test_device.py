@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from loraport.errors import SpecError
 from loraport_native.device import check_device, choose_device, free_memory_bytes, limit_memory, make_deterministic
@@ -109,6 +111,43 @@ def test_computing_in_fp8_on_a_card_without_it_is_refused_before_anything_loads(
         with pytest.raises(SpecError, match=r"capability 8\.9 or more; A Card has 8\.6.*\n.*quantize: int8"):
             check_device(spec, torch.device("cuda"))
     check_device(make_spec(memory={"quantize": "int8"}), torch.device("cuda"))
+
+
+def card_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
+    return torch.device("cuda")
+
+
+def test_bf16_on_a_card_that_emulates_it_is_refused(make_spec, monkeypatch) -> None:
+    card = card_of(monkeypatch, (7, 5))
+    with pytest.raises(SpecError, match=r"model\.dtype: bf16 .*8\.0 or more; A Card has 7\.5.*\n.*dtype: fp32"):
+        check_device(make_spec(model={"dtype": "bf16"}), card)
+    check_device(make_spec(model={"dtype": "fp32"}), card)
+    check_device(make_spec(model={"dtype": "bf16"}), card_of(monkeypatch, (8, 0)))
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "capability", "compiled", "refused"),
+    [
+        ("2.12.1+cu130", (8, 6), "regional", True),
+        ("2.9.1", (8, 0), "full", True),
+        ("2.12.1", (8, 6), "none", False),
+        ("2.12.1", (8, 9), "regional", False),
+        ("2.13.0+cu130", (8, 6), "regional", False),
+    ],
+)
+def test_compiled_fp8_is_refused_where_the_compiler_cannot_read_it(
+    make_spec, monkeypatch, torch_version: str, capability: tuple[int, int], compiled: str, refused: bool
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion(torch_version))
+    monkeypatch.setenv("CC", sys.executable)
+    spec, card = make_spec(memory={"storage": "fp8", "compile": compiled}), card_of(monkeypatch, capability)
+    if refused:
+        with pytest.raises(SpecError, match=r"memory\.storage: fp8 with .* or torch 2\.13; A Card.*\n.*int8"):
+            check_device(spec, card)
+    else:
+        check_device(spec, card)
 
 
 @pytest.mark.parametrize("mode", ["regional", "full"])

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from loraport_native import frozen
 from loraport_native.frozen import PRODUCTS, Adapted, adapted_linears, from_bytes, frozen_linear, to_bytes
 from loraport_native.quantize import StoredLinear, stored_linear
+from loraport_native.scaled_matmul import product
 
 CASES: dict[str, tuple[Any, ...]] = {
     "plain": ("none", "model"),
@@ -79,6 +81,21 @@ def test_the_gradient_is_that_of_the_weight_it_stands_for(kind: str) -> None:
     got = frozen_linear(x, kind, tensors)
     close(kind, got, wanted)
     close(kind, *(torch.autograd.grad(result, x, upstream)[0] for result in (got, wanted)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CASES if kind in ALLOWED])
+def test_products_in_8_bits_get_rows_as_a_card_wants_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's scaled product refuses a right side that is not row-major before it is transposed."""
+    seen = []
+
+    def note(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        seen.append(left.is_contiguous() and right.is_contiguous())
+        return product(left, left_scale, right, right_scale, dtype)
+
+    monkeypatch.setattr(frozen, "product", note)
+    tensors, _ = stored(kind)
+    frozen_linear(draw(5, 64).requires_grad_(), kind, tensors).sum().backward()
+    assert seen == [True, True], "forward and backward"
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -71,10 +71,25 @@ def test_auto_recomputes_the_fewest_blocks_that_fit(monkeypatch, limit: int, exp
     recomputed: list[int] = []
     probes: list[int] = []
     monkeypatch.setattr(module, "recompute", lambda model, mode, blocks: recomputed.append(blocks))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100 + 10 * (3 - recomputed[-1]))
     model = SimpleNamespace(layers=[None] * 4)
     found = module.recompute_what_must_be(model, lambda: probes.append(recomputed[-1]), limit)
     assert found == recomputed[-1] == expected
     assert probes == [3, 3, 1, 1], "each measured once after a first pass that compiles"
+
+
+def test_auto_recomputes_all_where_nothing_less_fits_even_to_be_tried(monkeypatch) -> None:
+    recomputed: list[int] = []
+    monkeypatch.setattr(module, "recompute", lambda model, mode, blocks: recomputed.append(blocks))
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100)
+
+    def probe() -> None:
+        if recomputed[-1] < 3:
+            raise torch.OutOfMemoryError
+
+    assert module.recompute_what_must_be(SimpleNamespace(layers=[None] * 4), probe, 115) == 3
+    assert recomputed == [3, 1, 3]

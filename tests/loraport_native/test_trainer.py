@@ -14,6 +14,7 @@ from torch import Tensor
 from loraport.errors import BackendError
 from loraport.run.events import Checkpoint, PhaseStarted, Resumed, Step, Validation
 from loraport_native.checkpoints import whole_checkpoints
+from loraport_native.data import epoch_batches
 from loraport_native.dialect import NativeDialect
 from loraport_native.trainer import Draw, Stopped, pad_left
 
@@ -379,6 +380,21 @@ def fill_up_factors(trainer: Any) -> None:
     for name, factor in trainer.adapter.factors.items():
         if name.endswith("lora_B"):
             factor.data.normal_(std=0.1, generator=torch.Generator().manual_seed(9))
+
+
+def test_what_is_tried_before_the_first_step_is_the_largest_batch_that_may_come(make_spec, make_trainer) -> None:
+    trainer = make_trainer(make_spec(dataset={"caption_dropout": 0.9}, train={"batch_size": 2}))
+    samples = trainer.data.samples
+    lengths = {sample.text: len(trainer.data.text(sample.text)) for sample in samples}
+    batch = trainer._largest_batch()
+    assert len({sample.bucket for sample in batch}) == 1
+    assert [sample.caption_dropout for sample in batch] == [0.0] * len(batch)
+
+    def tokens(some: list[Any]) -> int:
+        return sum((one.bucket[0] // 16) * (one.bucket[1] // 16) + lengths[one.text] for one in some)
+
+    for epoch in range(20):
+        assert all(tokens(other) <= tokens(batch) for other in epoch_batches(samples, 2, 0, epoch))
 
 
 def test_texts_are_padded_on_the_left_only_where_lengths_differ() -> None:

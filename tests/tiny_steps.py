@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,12 @@ PATTERNS = [r"layers\.\d+\.attention\.(qkv|o)", r"layers\.\d+\.feed_forward\.w[1
 
 
 def model_with(
-    checkpoint: Path, kind: str = "lora", dropout: float = 0.0, dora: bool = False, **memory: str
+    checkpoint: Path,
+    kind: str = "lora",
+    dropout: float = 0.0,
+    dora: bool = False,
+    patterns: Sequence[str] = PATTERNS,
+    **memory: str,
 ) -> tuple[Ideogram4, Adapter]:
     """A model in float32 under these settings of `memory`, with an adapter that already does something."""
     section = MemorySection.model_validate(
@@ -25,7 +31,7 @@ def model_with(
     )
     model, stream = load_placed(find_checkpoint(str(checkpoint)), section, torch.float32, CPU)
     lora = LoraSection.model_validate({"type": kind, "rank": 4, "alpha": 4, "dropout": dropout, "dora": dora})
-    adapter = inject(model, lora, PATTERNS, seed=0)
+    adapter = inject(model, lora, list(patterns), seed=0)
     draw = torch.Generator().manual_seed(1)
     for factor in adapter.parameters():
         if not dora or factor.dim() > 1:  # DoRA's magnitudes are those of the weights

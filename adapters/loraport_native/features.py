@@ -156,6 +156,7 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # pinned memory, which torch else keeps
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
 

@@ -15,6 +15,7 @@ from loraport.run.events import Event
 from loraport.run.events import Sample as SampleEvent
 from loraport.spec.models import TrainSpec
 from loraport_native.data import TrainingSet
+from loraport_native.features import free_memory
 from loraport_native.models.checkpoint import Checkpoint, load_scheduler, load_vae
 from loraport_native.models.ideogram4 import Ideogram4
 from loraport_native.placement import load_placed
@@ -77,9 +78,13 @@ class Sampler:
         self.spec, self.run_dir, self.checkpoint = spec, run_dir, checkpoint
         self.model, self.data, self.emit = model, data, emit
 
-    @torch.no_grad()
     def draw(self, step: int) -> None:
         """Write `samples/step-NNNNNN-P.png` for each prompt P and tell it."""
+        self._draw(step)
+        free_memory()
+
+    @torch.no_grad()
+    def _draw(self, step: int) -> None:
         wanted = self.spec.sample
         device = self.model.embed_image_indicator.weight.device
         parts: dict[str, Any] = {

@@ -33,6 +33,7 @@ SLOTS = 2  #: one block computes while the next is copied
 #: Forward, hidden states (one tensor of a block's input each) whose memory more slots may take: about what a backward
 #: pass needs besides.
 STATES_UPWARDS = 13
+_LARGEST = 2**30  # bytes of pinned memory that pieces are cut from
 _ALIGNMENT = 256  # bytes; tensor cores want 16, and 256 keeps every copy on whole cache lines
 
 
@@ -57,15 +58,44 @@ class Source(Protocol):
         """A block's bytes on the CPU, out of turn. Not to be written to."""
 
 
+class HostMemory:
+    """Host memory in pieces of one size, pinned for CUDA, which lets copies run while the device computes.
+
+    torch takes pinned memory in powers of two, so several pieces are cut from one where that wastes less.
+    """
+
+    def __init__(self, size: int, pinned: bool) -> None:
+        self.size, self.pinned = math.ceil(size / _ALIGNMENT) * _ALIGNMENT, pinned
+        self.rest = torch.empty(0, dtype=torch.uint8)
+
+    def piece(self) -> Tensor:
+        """The next piece (size,), uint8."""
+        if len(self.rest) < self.size:
+            self.rest = torch.empty(_taken_at_once(self.size), dtype=torch.uint8, pin_memory=self.pinned)
+        piece, self.rest = self.rest.split((self.size, len(self.rest) - self.size))
+        return piece
+
+
+def _taken_at_once(size: int) -> int:
+    """The smallest power of two, of at most `_LARGEST` bytes, of which pieces of a size leave an eighth at most; else
+    the one that a piece alone takes."""
+    alone = 1 << (size - 1).bit_length()
+    wholes = (1 << power for power in range(alone.bit_length() - 1, _LARGEST.bit_length()))
+    return next((whole for whole in wholes if whole % size <= whole / 8), alone)
+
+
 class Host:
-    """A permanent copy in host memory, pinned for CUDA, which lets copies run while the device computes."""
+    """A permanent copy in host memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.pinned = device.type == "cuda"
+        self.memory = HostMemory(0, self.pinned)
         self.blocks: dict[int, Tensor] = {}
 
     def put(self, number: int, flat: Tensor) -> None:
-        self.blocks[number] = torch.empty_like(flat, device="cpu", pin_memory=self.pinned).copy_(flat)
+        if not self.blocks:
+            self.memory = HostMemory(len(flat), self.pinned)
+        self.blocks[number] = self.memory.piece().copy_(flat)
 
     def copy(self, number: int, slot: Tensor) -> None:
         slot.copy_(self.blocks[number], non_blocking=True)
@@ -318,7 +348,8 @@ class HostActivations:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.host: list[Tensor] = []
+        self.memory = HostMemory(0, device.type == "cuda")
+        self.host: list[Tensor] = []  # pieces of it, as many as there are blocks
         self.kept: list[Tensor] = []  # host memory of the blocks passed so far, in their order
         self.coming: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
         cuda = device.type == "cuda"
@@ -327,17 +358,18 @@ class HostActivations:
     def pack(self, tensor: Tensor) -> int:
         """Send a block's input to the host; its number."""
         number = len(self.kept)
-        if number == len(self.host) or self.host[number].shape != tensor.shape:
-            self.host[number : number + 1] = [
-                torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.leaving is not None)
-            ]
-        self.kept.append(self.host[number])
+        if tensor.nbytes > self.memory.size:  # a larger batch than any before
+            self.memory, self.host = HostMemory(tensor.nbytes, self.memory.pinned), []
+        if number >= len(self.host):
+            self.host.append(self.memory.piece())
+        place = self.host[number][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        self.kept.append(place)
         if self.leaving is None:
-            self.host[number].copy_(tensor)
+            place.copy_(tensor)
             return number
         self.leaving.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.leaving):
-            self.host[number].copy_(tensor, non_blocking=True)
+            place.copy_(tensor, non_blocking=True)
         return number
 
     def packed(self) -> None:
@@ -383,7 +415,7 @@ class HostActivations:
         def run_block(number: int, block: nn.Module, hidden: Tensor, *inputs: Any) -> Tensor:
             if number == last or not torch.is_grad_enabled():
                 return block(hidden, *inputs)
-            return _Recomputed.apply(hidden, anchor, self, block, inputs)
+            return _Recomputed.apply(hidden, anchor, self, block, *inputs)
 
         model.run_block = run_block
 
@@ -397,9 +429,10 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden: Tensor, anchor: Tensor, store: HostActivations, block: nn.Module, inputs: tuple[Any, ...]
+        ctx, hidden: Tensor, anchor: Tensor, store: HostActivations, block: nn.Module, *inputs: Any
     ) -> Tensor:
-        ctx.store, ctx.block, ctx.inputs = store, block, inputs
+        ctx.store, ctx.block = store, block
+        ctx.inputs = [each.detach() if isinstance(each, Tensor) else each for each in inputs]
         ctx.random = _random_state(hidden.device)
         ctx.number = store.pack(hidden)  # it leaves while the block computes
         with torch.no_grad():
@@ -410,13 +443,17 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         hidden = ctx.store.unpack(ctx.number).detach().requires_grad_()
+        for each, needs_gradient in zip(ctx.inputs, ctx.needs_input_grad[4:], strict=True):
+            if needs_gradient:
+                each.requires_grad_()
         now = _random_state(hidden.device)
         _set_random_state(hidden.device, ctx.random)
         with torch.enable_grad():
             result = ctx.block(hidden, *ctx.inputs)
         _set_random_state(hidden.device, now)
         torch.autograd.backward(result, gradient)
-        return hidden.grad, None, None, None, None
+        to_inputs = (each.grad if isinstance(each, Tensor) else None for each in ctx.inputs)
+        return hidden.grad, None, None, None, *to_inputs
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_steps import CPU, model_with, step
+from tiny_steps import CPU, PATTERNS, model_with, step
 
 from loraport_native.lora import Adapter, write_adapter
 from loraport_native.models.ideogram4 import Ideogram4
-from loraport_native.stream import Host, Stream
+from loraport_native.stream import Host, HostMemory, Stream
 
 
 @pytest.mark.parametrize("storage", ["none", "fp8", "int8", "nf4"])
@@ -44,6 +44,55 @@ def test_inputs_kept_on_the_host_change_nothing_for_any_adapter(tiny_official: P
     wanted = step(*model_with(tiny_official, kind, dropout))
     got = step(*model_with(tiny_official, kind, dropout, offload="group+activations"))
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("offload", ["group", "group+activations"])
+def test_what_is_trained_before_the_blocks_gets_its_gradient_from_all_of_them(
+    tiny_official: Path, offload: str
+) -> None:
+    patterns = [*PATTERNS, r"adaln_proj", r"t_embedding\..*"]
+    wanted = step(*model_with(tiny_official, patterns=patterns))
+    model, adapter = model_with(tiny_official, patterns=patterns, offload=offload)
+    assert any("adaln_proj" in name for name in adapter.factors)
+    for one, other in zip(step(model, adapter), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # summed over the blocks in another order
+
+
+def test_inputs_on_the_host_may_be_larger_and_smaller_from_step_to_step(tiny_official: Path) -> None:
+    streamed, resident = (model_with(tiny_official, offload=name) for name in ("group+activations", "none"))
+    for tokens in (5, 9, 3, 12):
+        for one, other in zip(step(*streamed, tokens=tokens), step(*resident, tokens=tokens), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("size", "pieces", "taken"),
+    [  # of the real model: a block in fp8, in nf4 and in bf16, and the input of one at 1024 px
+        (264_555_008, 34, 34 * 2**28),
+        (136_454_144, 34, 5 * 2**30),
+        (528_482_304, 34, 34 * 2**29),
+        (42_467_328, 33, 11 * 2**27),
+        (3_000, 10, 2 * 2**14),
+        (2**31 + 1, 2, 2 * 2**32),
+    ],
+)
+def test_pinned_memory_is_cut_where_a_power_of_two_for_each_piece_would_waste_it(
+    monkeypatch: pytest.MonkeyPatch, size: int, pieces: int, taken: int
+) -> None:
+    made: list[int] = []
+
+    def empty(count: int, **options: object) -> torch.Tensor:
+        assert options == {"dtype": torch.uint8, "pin_memory": True}
+        assert count & (count - 1) == 0, "what torch takes anyway"
+        made.append(count)
+        return real(count, dtype=torch.uint8, device="meta")
+
+    real = torch.empty
+    memory = HostMemory(size, pinned=True)
+    monkeypatch.setattr(torch, "empty", empty)
+    cut = [memory.piece() for _ in range(pieces)]
+    assert all(size <= len(piece) < size + 256 for piece in cut)
+    assert sum(made) == taken
 
 
 @pytest.mark.parametrize(

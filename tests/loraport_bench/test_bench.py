@@ -17,7 +17,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from loraport.errors import BackendError, Interrupted
+from loraport.errors import BackendError, DataError, Interrupted
+from loraport.scoring import Score
 from loraport.spec.yaml_text import dump_yaml, parse_yaml
 from loraport_bench import overhead
 from loraport_bench.bench import shortened_command
@@ -261,6 +262,98 @@ def test_a_bench_goes_on_where_it_was_and_only_what_is_asked_for_is_run_again(be
     again = results(tmp_path)
     assert again.runs[0] == before.runs[0]
     assert again.runs[1].started > after.runs[1].started
+
+
+def test_a_failed_row_is_kept_until_its_second_try_begins(bench: Any, tmp_path: Path) -> None:
+    import fcntl
+
+    options = ("--backends", "broken,greedy", "--tiers", "matched", "--seeds", "0", "--held-out", "0")
+    bench(*options)
+    failed = results(tmp_path).runs
+    assert len(failed) == 2
+    with open(tmp_path / "machine.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert bench(*options, "--retry")[0] == 7
+    assert results(tmp_path).runs == failed
+    bench(*options, "--retry", "--session-limit", "0")
+    first, second = results(tmp_path).runs
+    assert first.started > failed[0].started
+    assert second == failed[1], "there was no time for it"
+
+
+def test_what_was_out_of_time_is_tried_again_only_with_a_longer_limit(bench: Any, tmp_path: Path) -> None:
+    options = ("--backends", "endless", "--tiers", "matched", "--seeds", "0", "--held-out", "0", "--retry")
+    started = []
+    for limit in ("2", "2", "3"):
+        bench(*options, "--time-limit", limit)
+        started.append(results(tmp_path).runs[0].started)
+    assert started[0] == started[1] < started[2]
+
+
+def test_settings_that_nothing_was_run_with_do_not_hold_the_folder(bench: Any, tmp_path: Path) -> None:
+    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0", "--held-out")
+    code, said = bench(*options, "20")
+    assert code == 4, said
+    code, said = bench(*options, "1")
+    assert code == 0, said
+    assert results(tmp_path).protocol.held_out == 1
+
+
+def test_a_score_that_was_cut_off_or_failed_is_left_to_do_and_said_to_be(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0")
+
+    def fails(*arguments: Any) -> Any:
+        raise DataError("There is no checkpoint.")
+
+    def stops(*arguments: Any) -> Any:
+        raise Interrupted("Stopped.")
+
+    for does, expected in ((stops, 130), (fails, 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr("loraport_bench.quality.run_to_end", does)
+            code, said = bench(*options)
+        assert code == expected, said
+        assert expected or "Not scored, the same command tries it again: There is no checkpoint." in said
+        told = results(tmp_path)
+        assert not told.complete
+        assert "Not scored yet; the same command goes on with that." in told.runs[0].notes
+    code, said = bench(*options)
+    assert code == 0, said
+    assert results(tmp_path).complete
+    assert results(tmp_path).runs[0].quality is not None
+    assert results(tmp_path).runs[0].started == told.runs[0].started
+
+
+def test_a_finished_bench_is_gathered_also_while_another_measures(bench: Any, tmp_path: Path) -> None:
+    import fcntl
+
+    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0")
+    bench(*options)
+    with open(tmp_path / "machine.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, said = bench(*options)
+    assert code == 0, said
+
+
+def test_a_loss_that_is_not_a_number_is_told_and_its_row_stays(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraport_bench import quality
+
+    def scores(scorer: Any, spec: Any, files: list[Path]) -> Any:
+        nothing = Score(lora=None, losses=[1.0])
+        return {None: nothing} | {str(file): Score(lora=str(file), losses=[float("nan")]) for file in files}
+
+    monkeypatch.setattr(quality, "_run", scores)
+    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0")
+    for _ in range(2):
+        code, said = bench(*options)
+        assert code == 0, said
+    (run,) = results(tmp_path).runs
+    assert (run.status, run.quality) == ("ok", None)
+    assert any("is not a number" in note for note in run.notes)
 
 
 def test_a_bench_goes_on_with_a_longer_limit_for_what_was_out_of_time(bench: Any, tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import fcntl
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraport.errors import Interrupted, LoraPortError
+from loraport.errors import Interrupted, LoraPortError, SpecError
 from loraport.families import check_family
 from loraport.files import write_atomic
 from loraport.planning import Plan
@@ -29,14 +29,17 @@ from loraport_bench.images import Staged, planned, stage_images
 from loraport_bench.overhead import measure_overhead
 from loraport_bench.places import shortened
 from loraport_bench.quality import score_rows
-from loraport_bench.row import RECORD, Machinery, read_row, run_row
+from loraport_bench.row import RECORD, TO_SCORE, Machinery, read_row, run_row
 from loraport_bench.schedule import Job, expected_seconds, group_name, schedule
+from loraport_bench.settings import FILE as SETTINGS
 from loraport_bench.settings import Settings
 from loraport_bench.tiers import MATCHED, MEASURED, best_effort, inequalities, make, matched
 
 #: What going through LoraPort may cost: a share of a step, and seconds of a run.
 OVERHEAD_SHARE, OVERHEAD_SECONDS = 0.01, 2.0
 _NO_OVERHEAD = "The overhead could not be measured"
+#: Reasons of failures that may be gone the next time.
+_MAY_SUCCEED = ("error", "out-of-memory", "not-ready")
 Tell = Callable[[str], None]
 
 
@@ -88,35 +91,64 @@ class Bench:
         except LoraPortError as error:
             return error
 
-    def forget(self, reasons: Iterable[str]) -> None:
-        """Remove the records of rows that failed for one of these reasons, so that they are run again."""
-        for run, job in ((self.done().get(job.key), job) for job in self.jobs):
-            if run is not None and run.failure is not None and run.failure.reason in reasons:
-                shutil.rmtree(self.machinery.row_folder(job))
+    def begin(self) -> None:
+        """Take the folder for these settings. Raises SpecError when it holds rows of others."""
+        try:
+            self.settings.keep_in(self.folder)
+        except SpecError:
+            if any(self.folder.glob("rows/*/")):
+                raise
+            # Whatever came of the others, such as images that could not be staged, nothing was run.
+            (self.folder / SETTINGS).unlink()
+            shutil.rmtree(self.folder / "data", ignore_errors=True)
+            self.settings.keep_in(self.folder)
+
+    def failed(self) -> frozenset[str]:
+        """The keys of rows that may come to their end in a second try: of those that were out of time, only where the
+        limit is longer now."""
+        return frozenset(
+            run.key
+            for run in self.done().values()
+            if run.failure is not None
+            and (
+                run.failure.reason in _MAY_SUCCEED
+                or (run.failure.reason == "time-out" and run.total_s < self.settings.time_limit_s)
+            )
+        )
+
+    def unfinished(self, job: Job, done: dict[str, r.Run]) -> bool:
+        """Whether anything of a job is left: its row, its overhead, or its score."""
+        return job.key not in done or self._lacks_overhead(job, done) or self._waits_for_score(job)
 
     # -- running ------------------------------------------------------------------------------------------------
 
-    def run(self, jobs: list[Job], session_limit: float | None = None) -> None:
-        """Run the jobs that are not done, each alone on the machine, and score them. After `session_limit` seconds no
-        other one is begun."""
+    def run(self, jobs: list[Job], session_limit: float | None = None, again: frozenset[str] = frozenset()) -> None:
+        """Run the jobs that are not done, or whose keys are in `again`, each alone on the machine, and score them.
+        After `session_limit` seconds nothing else is begun."""
         staged, begun, ran = self.stage(), time.monotonic(), 0
+
+        def time_is_up() -> bool:
+            return session_limit is not None and ran > 0 and time.monotonic() - begun > session_limit
+
         for job in jobs:
-            if session_limit is not None and ran and time.monotonic() - begun > session_limit:
+            if time_is_up():
                 self.tell("The session's time is up; the same command goes on with what is left.")
                 break
             with self._row_lock(job) as mine:
                 done = self.done()
-                if job.key in done and not self._lacks_overhead(job, done):
+                there = job.key in done and job.key not in again
+                if there and not self._lacks_overhead(job, done):
                     self.tell(f"{job.key}: there already")
                 elif not mine:
                     self.tell(f"{job.key}: another session runs it now")
                 else:
                     with alone_on_machine(f"row {job.key} of {self.folder}", self.queue):
-                        if job.key not in done:
+                        if not there:
                             self.run_job(job, staged)
-                        if self._lacks_overhead(job, self.done()):
+                            ran += 1
+                        if self._lacks_overhead(job, self.done()) and not time_is_up():
                             self._add_overhead(job, staged)
-                    ran += 1
+                            ran += 1
                     self.gather()
         self.score(jobs)
 
@@ -128,11 +160,20 @@ class Bench:
         self.tell(f"{job.key}: {summary(run)}")
 
     def score(self, jobs: list[Job]) -> None:
-        """Score what these jobs trained and is not scored yet."""
-        staged, done = self.stage(), self.done()
-        folders = [self.machinery.row_folder(job) for job in jobs if job.key in done]
+        """Score what these jobs trained and is not scored yet. What cannot be done is told: the rows stay."""
+        done = self.done()
+        folders = [self.machinery.row_folder(job) for job in jobs if job.key in done and self._waits_for_score(job)]
+        if not folders:
+            return
         with alone_on_machine(f"scoring of {self.folder}", self.queue):
-            for problem in score_rows(folders, self.settings, staged):
+            self.tell("Scoring what was trained …")
+            try:
+                problems = score_rows(folders, self.settings, self.stage())
+            except Interrupted:
+                raise
+            except LoraPortError as error:
+                problems = [f"Not scored, the same command tries it again: {error}"]
+            for problem in problems:
                 self.tell(problem)
 
     def gather(self) -> r.Results:
@@ -142,6 +183,9 @@ class Bench:
         staged, done = self.stage(), self.done()
         # Rows are shortened as they are recorded; what was noted on them later, or by earlier versions, is here.
         rows = [shortened(done[job.key].model_dump(mode="json"), self.folder) for job in self.jobs if job.key in done]
+        for job, row in zip((job for job in self.jobs if job.key in done), rows, strict=True):
+            if self._waits_for_score(job):
+                row["notes"].append("Not scored yet; the same command goes on with that.")
         runs = with_differences(list(map(r.Run.model_validate, rows)))
         path = self.folder / RESULTS
         now = datetime.datetime.now(datetime.UTC)
@@ -151,7 +195,7 @@ class Bench:
             command=self.command,
             created=created,
             updated=now,
-            complete=len(done) == len(self.jobs) and not any(self._lacks_overhead(job, done) for job in self.jobs),
+            complete=not any(self.unfinished(job, done) for job in self.jobs),
             spec_sha256=self.settings.spec_sha256,
             spec=shortened(self.settings.given, self.folder),
             protocol=self._protocol(staged),
@@ -223,6 +267,9 @@ class Bench:
             matched_fields=list(MATCHED),
             changed=self._changed,
         )
+
+    def _waits_for_score(self, job: Job) -> bool:
+        return self.settings.held_out > 0 and (self.machinery.row_folder(job) / TO_SCORE).exists()
 
     def _lacks_overhead(self, job: Job, done: dict[str, r.Run]) -> bool:
         """Whether what LoraPort costs is still to be measured on this row: on the first good one of its backend."""

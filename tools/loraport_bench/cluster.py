@@ -60,8 +60,11 @@ def read_parameters(given: list[str]) -> dict[str, Any]:
     return found
 
 
-def run_on(bench: Bench, jobs: list[Job], where: Where, poll: float = _POLL) -> list[str]:
-    """Submit what is not done, a job for each (backend, profile, seed), wait for all, and return what went wrong.
+def run_on(
+    bench: Bench, jobs: list[Job], where: Where, poll: float = _POLL, again: frozenset[str] = frozenset()
+) -> list[str]:
+    """Submit what is not done, a job for each (backend, profile, seed), wait for all, and return what went wrong. Rows
+    whose keys are in `again` are run once more.
 
     Everything of a job is in the bench's folder, which all machines must share: one that was finished meanwhile, by
     whomever, is not run again. Raises SpecError for a parameter that submitit does not know.
@@ -72,7 +75,7 @@ def run_on(bench: Bench, jobs: list[Job], where: Where, poll: float = _POLL) -> 
     done = bench.done()
     groups: dict[tuple[str, str, int], list[Job]] = {}
     for job in jobs:
-        if job.key not in done:
+        if job.key in again or bench.unfinished(job, done):
             groups.setdefault((job.backend, job.profile, job.seed), []).append(job)
     executor = submitit.AutoExecutor(folder=str(bench.folder / "jobs"), cluster=where.cluster)
     submitted = {}
@@ -85,19 +88,22 @@ def run_on(bench: Bench, jobs: list[Job], where: Where, poll: float = _POLL) -> 
         except (NameError, TypeError, ValueError, AssertionError) as error:
             raise SpecError(f"--job: submitit does not take this: {error}") from error
         place, keys = str(bench.folder), [job.key for job in members]
-        started = executor.submit(run_part, place, keys, bench.command, bench.machinery.patience, bench.machinery.busy)
+        more = bench.machinery.patience, bench.machinery.busy, again
+        started = executor.submit(run_part, place, keys, bench.command, *more)
         bench.tell(f"job {started.job_id}: {backend}, {profile}, seed {seed}")
         submitted[started.job_id] = started
     return _wait_for(submitted, bench.tell, poll)
 
 
-def run_part(folder: str, keys: list[str], command: str, patience: float, busy: bool) -> None:
+def run_part(
+    folder: str, keys: list[str], command: str, patience: float, busy: bool, again: frozenset[str] = frozenset()
+) -> None:
     """The content of one job: run and score some rows of the bench in `folder`."""
     place = Path(folder)
     settings = Settings.read_from(place)
     machinery = Machinery(place, settings, patience, busy)
     bench = Bench(settings, place, machinery, lambda text: print(text, flush=True), command, queue=True)
-    bench.run([job for job in bench.jobs if job.key in keys])
+    bench.run([job for job in bench.jobs if job.key in keys], again=again)
 
 
 def _wait_for(submitted: dict[str, Any], tell: Callable[[str], None], poll: float) -> list[str]:

@@ -109,6 +109,28 @@ def end(process: subprocess.Popen[Any]) -> None:
     psutil.wait_procs(left, _PATIENCE)
 
 
+def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str, str]:
+    """Run a command that nobody watches; its exit code, output and errors. It ends with this process, and with what
+    asks this process to stop, which raises Interrupted."""
+    with stops_raise():
+        process = subprocess.Popen(
+            list(command),
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=dies_with_us if sys.platform == "linux" else None,
+        )
+        try:
+            output, said = process.communicate()
+        except BaseException:
+            end(process)
+            raise
+    return process.returncode, output, said
+
+
 class Running:
     """Processes that threads wait for, so that another thread can end them all."""
 

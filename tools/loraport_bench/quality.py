@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +25,7 @@ from loraport.spec.load import build_spec
 from loraport.spec.models import TrainSpec
 from loraport_bench import records as r
 from loraport_bench.images import Staged, held_out_dataset
+from loraport_bench.process import run_to_end
 from loraport_bench.row import LORA, RECORD, TO_SCORE, read_row
 from loraport_bench.settings import Settings
 
@@ -42,6 +43,8 @@ def score_rows(folders: list[Path], settings: Settings, staged: Staged) -> list[
     files = [place / point["file"] for place, points in todo.items() for point in points]
     scores = _run(scorer, spec, files)
     alone = scores[None]
+    if not math.isfinite(statistics.fmean(alone.losses)):
+        raise DataError("The held-out loss is not a number without any LoRA.", hint="Look at the checkpoint.")
     problems = []
     for place, points in todo.items():
         run = read_row(place)
@@ -96,12 +99,12 @@ def _run(scorer: Scorer, spec: TrainSpec, files: list[Path]) -> dict[str | None,
         scoring.write_job(Path(place) / "job.json", spec, files)
         command = scorer.score_command(Path(place) / "job.json")
         environment = {**os.environ, "LORAPORT_CACHE": place}  # what a trainer cached is its own
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        told: LoraPortError | None = find_error(done.stdout)
-        last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
-        raise told or BackendError(f"The evaluator {scorer.name} failed ({done.returncode}): {last}")
-    scores = {score.lora: score for line in done.stdout.splitlines() if (score := scoring.read_line(line))}
+        code, output, said = run_to_end(command, environment)
+    if code:
+        told: LoraPortError | None = find_error(output)
+        last = "\n".join((said or output).strip().splitlines()[-3:])
+        raise told or BackendError(f"The evaluator {scorer.name} failed ({code}): {last}")
+    scores = {score.lora: score for line in output.splitlines() if (score := scoring.read_line(line))}
     missing = {None, *map(str, files)} - scores.keys()
     if missing:
         raise DataError(f"The evaluator {scorer.name} told no score of {len(missing)} of {len(files) + 1} models.")
@@ -123,9 +126,12 @@ def _quality(
             notes.append(f"The LoRA of step {point['step']} could not be scored: {score.problem}")
             continue
         loss = statistics.fmean(score.losses)
+        if not math.isfinite(loss):
+            notes.append(f"The held-out loss of the LoRA of step {point['step']} is not a number.")
+            continue
         curve.append(r.QualityPoint(step=point["step"], images=point["images"], train_s=point["train_s"], loss=loss))
     end = scores[str(place / LORA)]
-    if end.problem is not None:
+    if end.problem is not None or not math.isfinite(statistics.fmean(end.losses)):
         return None, notes
     memory = spec.memory
     numbers = spec.model.dtype if memory.storage == "none" else f"{spec.model.dtype}, weights in {memory.storage}"

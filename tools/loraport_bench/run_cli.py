@@ -102,6 +102,7 @@ def run(
     _need_psutil()
     from loraport.cli.options import read_spec
     from loraport_bench.bench import Bench, shortened_command
+    from loraport_bench.process import stops_raise
     from loraport_bench.row import Machinery
     from loraport_bench.schedule import part_of
 
@@ -143,17 +144,17 @@ def run(
 
         where = find_cluster(on, job or [])
     bench.check()
-    settings.keep_in(folder)
-    if retry:
-        bench.forget(("error", "out-of-memory", "time-out", "not-ready"))
+    bench.begin()
+    again = bench.failed() if retry else frozenset()
     problems = []
     try:
         if where is not None:
             from loraport_bench.cluster import run_on
 
-            problems = run_on(bench, jobs, where)
+            problems = run_on(bench, jobs, where, again=again)
         else:
-            bench.run(jobs, session_limit)
+            with stops_raise():
+                bench.run(jobs, session_limit, again)
     finally:
         if bench.done():
             bench.gather()

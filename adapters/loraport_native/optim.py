@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from loraport.errors import SpecError
 from loraport.spec.models import TrainSection
 
 
@@ -26,6 +27,8 @@ def make_optimizer(parameters: list[nn.Parameter], train: TrainSection) -> torch
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=parameters[0].device.type == "cuda", **options)
     if train.optimizer == "adamw8bit":
+        if max(weight.numel() for weight in parameters) >= 2**31:  # bitsandbytes counts them in 32 bits
+            raise SpecError("train.optimizer: adamw8bit takes fewer than 2 billion trained numbers.", hint="Set adamw.")
         return _adamw8bit()(parameters, **options)
     if train.optimizer == "adafactor":
         from transformers.optimization import Adafactor

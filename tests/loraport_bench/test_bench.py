@@ -275,6 +275,7 @@ def test_a_failed_row_is_kept_until_its_second_try_begins(bench: Any, tmp_path: 
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert bench(*options, "--retry")[0] == 7
     assert results(tmp_path).runs == failed
+    assert bench(*options, "--retry", "--dry-run")[1].count("to run") == 2
     bench(*options, "--retry", "--session-limit", "0")
     first, second = results(tmp_path).runs
     assert first.started > failed[0].started
@@ -477,8 +478,11 @@ def test_the_overhead_is_gone_on_with_pair_by_pair(bench: Any, tmp_path: Path, m
         return by_hand(*arguments)
 
     monkeypatch.setattr(overhead, "_by_hand", counted)
+    code, said = bench(*options, *pairs, "--dry-run", "--time-limit", "3600", "--json")
+    assert json.loads(said)["at_most_s"] == 7 * 3600, "a row and three pairs"
     code, said = bench(*options, *pairs)
     assert code == Interrupted.exit_code, said
+    assert "swift/0/0: overhead to measure, about" in bench(*options, *pairs, "--dry-run")[1]
     assert not results(tmp_path).complete
     (row,) = results(tmp_path).runs
     assert (row.status, row.overhead) == ("ok", None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from loraport.errors import SpecError
 from loraport.spec.models import TrainSection
 from loraport_native.optim import make_optimizer, make_schedule
 
@@ -57,6 +58,12 @@ def test_the_8_bit_optimizer_keeps_its_moments_in_8_bits() -> None:
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert optimizer.state[weight]["state1"].dtype == torch.uint8
+
+
+def test_more_numbers_than_the_8_bit_optimizer_counts_are_refused() -> None:
+    train = TrainSection.model_validate({"optimizer": "adamw8bit", "learning_rate": 0.1})
+    with pytest.raises(SpecError, match=r"train\.optimizer: adamw8bit"):
+        make_optimizer([nn.Parameter(torch.empty(2**31, device="meta"))], train)
 
 
 FACTORS = [

@@ -268,6 +268,15 @@ class Bench:
             changed=self._changed,
         )
 
+    def runs_left(self, job: Job, done: dict[str, r.Run], again: frozenset[str]) -> int:
+        """Trainings that a job still takes if all goes well, those of the overhead included."""
+        row = job.key not in done or job.key in again
+        if any(run.backend == job.backend and run.status == "ok" for run in done.values()):
+            overhead = self._lacks_overhead(job, done)
+        else:
+            overhead = job.key == next(each.key for each in self.jobs if each.backend == job.backend)
+        return int(row) + 2 * self.settings.overhead_pairs * int(overhead)
+
     def _waits_for_score(self, job: Job) -> bool:
         return self.settings.held_out > 0 and (self.machinery.row_folder(job) / TO_SCORE).exists()
 

@@ -130,7 +130,7 @@ def run(
     bench = Bench(settings, folder, machinery, _tell, shortened_command(_arguments(), folder), queue)
     jobs = bench.jobs if part is None else part_of(bench.jobs, *_part(part))
     if dry_run:
-        _show_schedule(bench, jobs, as_json)
+        _show_schedule(bench, jobs, bench.failed() if retry else frozenset(), as_json)
         return
     if write_sky is not None:
         from loraport_bench.cluster import write_sky as write_task
@@ -254,7 +254,7 @@ def _part(text: str) -> tuple[int, int]:
     return int(number) - 1, int(count)
 
 
-def _show_schedule(bench: Bench, jobs: list[Job], as_json: bool) -> None:
+def _show_schedule(bench: Bench, jobs: list[Job], again: frozenset[str], as_json: bool) -> None:
     """Print what would be run and how long it will take, as far as rows that are done tell."""
     import json
 
@@ -267,21 +267,25 @@ def _show_schedule(bench: Bench, jobs: list[Job], as_json: bool) -> None:
     for job in jobs:
         made = bench.plan(job, staged)
         why = str(made) if isinstance(made, LoraPortError) else refusal_of(job, made)
-        seconds = 0.0 if why or job.key in done else expected_seconds(job, done.values())
-        state = "done" if job.key in done else "refused" if why else "to run"
-        lines.append({"key": job.key, "state": state, "expected_s": seconds, "reason": why})
+        there = job.key in done and job.key not in again
+        runs = 0 if why and not there else bench.runs_left(job, done, again)
+        seconds = expected_seconds(job, done.values()) if runs else 0.0
+        state = "overhead to measure" if there and runs else "done" if there else "refused" if why else "to run"
+        expected = None if seconds is None else runs * seconds
+        lines.append({"key": job.key, "state": state, "runs": runs, "expected_s": expected, "reason": why})
     unknown = sum(line["expected_s"] is None for line in lines)
     total = sum(line["expected_s"] or 0.0 for line in lines)  # type: ignore[misc]
-    at_most = sum(bench.settings.time_limit_s for line in lines if line["state"] == "to run")
+    at_most = bench.settings.time_limit_s * sum(line["runs"] for line in lines)  # type: ignore[misc]
     if as_json:
         typer.echo(json.dumps({"rows": lines, "expected_s": total, "unknown": unknown, "at_most_s": at_most}, indent=2))
         return
     for line in lines:
         known = line["expected_s"]
-        shown = "" if line["state"] != "to run" else f", about {known:.0f} s" if known else ", time not known yet"
+        shown = "" if not line["runs"] else f", about {known:.0f} s" if known else ", time not known yet"
         typer.echo(f"{line['key']}: {line['state']}{shown}" + (f": {line['reason']}" if line["reason"] else ""))
+    told = f"{total / 60:.0f} min" if total or not unknown else "not known"
     more = f", and {unknown} rows whose time the first ones will tell" if unknown else ""
-    typer.echo(f"Expected: {total / 60:.0f} min{more}; at most {at_most / 3600:.1f} h, by the limit of each run.")
+    typer.echo(f"Expected: {told}{more}; at most {at_most / 3600:.1f} h, by the limit of each run.")
 
 
 def _arguments() -> list[str]:

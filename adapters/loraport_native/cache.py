@@ -14,7 +14,7 @@ from loraport.errors import DataError, RunFolderError
 from loraport.files import atomic_path, cache_home
 
 #: Raised whenever the code that fills the cache gives other numbers for the same input.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 def cache_folder() -> Path:

@@ -557,3 +557,28 @@ def test_a_killed_bench_leaves_no_trainer_and_is_gone_on_with(bench: Any, spec_f
         assert not (tmp_path / "out" / "rows" / "matched-spec-endless-0-0" / "run.json").exists()
         child_file.unlink(missing_ok=True)
         assert number != signal.SIGINT or "goes on" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--for", "swift:train.steps=4"], "--for swift: train.steps is set by the bench. Use --steps"),
+        (["--for", "swift:train.batch_size=4"], "--for swift: train.batch_size is set by the bench. Use --batches"),
+        (["--set", "train.steps=10"], "--set: train.steps is set by the bench. Use --steps"),
+        (["--set", "train.batch_size=2", "--batches", "1,4"], "--set: train.batch_size is set by the bench."),
+    ],
+)
+def test_a_change_that_the_bench_would_override_is_refused_before_anything_is_written(
+    bench: Any, tmp_path: Path, options: list[str], message: str
+) -> None:
+    code, said = bench("--backends", "swift", *options)
+    assert code == 3, said
+    assert message in " ".join(said.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_examples_of_changes_in_the_help_work(bench: Any) -> None:
+    given = ("--set", "lora.rank=32", "--set", "train.batch_size=2", "--for", "native:memory.text_encoder=fp8")
+    code, said = bench("--backends", "native,swift", *given, "--seeds", "0", "--dry-run")
+    assert code == 0, said
+    assert "matched/spec/batch-2/native/0/0: to run" in said

@@ -13,7 +13,7 @@ from loraport.spec.load import build_spec
 from loraport_bench import tiers
 from loraport_bench.images import Staged
 from loraport_bench.settings import Settings
-from loraport_bench.tiers import best_effort, inequalities, make, matched, why_not_matched
+from loraport_bench.tiers import best_effort, inequalities, make, matched, refuse_options, why_not_matched
 
 ALL = ["native", "diffsynth", "simpletuner", "ai-toolkit"]
 STAGED = Staged(Path("/bench/data/images"), Path("/bench/data/held-out"), "/models/ideogram-4", 8, 2, "")
@@ -157,3 +157,70 @@ def test_a_trainer_may_be_given_a_checkpoint_of_its_own_in_best_effort_alone() -
 def test_a_wrong_change_for_one_trainer_is_told_by_its_path() -> None:
     with pytest.raises(SpecError, match=r"the spec for diffsynth is not a valid spec:\n  lora\.rnk"):
         matched(settings(changes={"diffsynth": ["lora.rnk=3"]}), STAGED, "spec", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "instead"),
+    [
+        ("train.steps=4", "--steps"),
+        ("max_train_steps=4", "--steps"),
+        ("train={seed: 42}", "--seeds"),
+        ("save.every=1", "--checkpoints"),
+        ("save.keep=2", "--checkpoints"),
+        ("train.batch_size=2", "--batches"),
+    ],
+)
+def test_a_change_of_what_an_option_of_the_bench_sets_is_refused_with_the_option(change: str, instead: str) -> None:
+    with pytest.raises(SpecError, match=r"^--for native: \S+ is set by the bench\.") as told:
+        refuse_options("--for native", settings().given, ["lora.rank=8", change])
+    assert f"Use {instead}," in str(told.value)
+
+
+def test_the_batch_size_may_be_set_where_no_option_says_it_and_so_may_every_other_field() -> None:
+    refuse_options("--set", settings().given, ["train.batch_size=2", "train.learning_rate=2e-4"], batches=False)
+
+
+def test_what_is_asked_of_memory_for_one_trainer_holds_in_either_tier() -> None:
+    compiled = settings(["native"], {"native": ["memory.compile=none"]}, "24gb", memory={"compile": "regional"})
+    for profile in ("spec", "fp8"):
+        assert matched(compiled, STAGED, profile, 1)[0]["native"]["memory"]["compile"] == "none"
+        assert best_effort(compiled, STAGED, profile, 1, "native")["memory"]["compile"] == "none"
+    other = settings(["native"], {"native": ["memory.quantize=nf4", "memory.profile=8gb"]})
+    memory = best_effort(other, STAGED, "fp8", 1, "native")["memory"]
+    assert (memory["storage"], memory["compute"], memory["offload"]) == ("nf4", "model", "group")
+
+
+def test_a_hardware_profile_for_one_trainer_leaves_the_quantisation_that_is_measured() -> None:
+    given = settings(["native"], {"native": ["memory.profile=8gb"]})
+    memory = matched(given, STAGED, "fp8", 1)[0]["native"]["memory"]
+    assert (memory["storage"], memory["offload"]) == ("fp8", "group")
+
+
+def test_other_memory_settings_for_one_trainer_are_refused_where_they_must_be_alike_and_else_told() -> None:
+    both = ["native", "diffsynth"]
+    with pytest.raises(SpecError, match=r"memory\.compile is 'none' for diffsynth and 'regional' for native"):
+        matched(settings(both, {"native": ["memory.compile=regional"]}), STAGED, "fp8", 1)
+    contents, _ = matched(settings(both, {"native": ["memory.text_encoder=fp8"]}), STAGED, "spec", 1)
+    plans = {name: make(contents[name], name, Path("/run")) for name in both}
+    assert "fp8" in {each.path: each.backends for each in inequalities(plans)}["memory.text_encoder"]["native"]
+
+
+def test_a_quantisation_replaces_the_specs_own_and_nothing_else_of_its_memory() -> None:
+    memory = {"quantize": "nf4", "offload": "group", "gradient_checkpointing": "none", "text_encoder": "fp8"}
+    contents, changed = matched(settings(["native"], memory=memory), STAGED, "fp8", 1)
+    assert contents["native"]["memory"] == {
+        **{"storage": "fp8", "compute": "model", "compile": "none"},
+        **{"offload": "group", "gradient_checkpointing": "none", "text_encoder": "fp8"},
+    }
+    assert changed["memory.quantize"] == "what --profiles says"
+    assert "memory.quantize" not in matched(settings(["native"], memory=memory), STAGED, "nf4", 1)[1]
+    contents, _ = matched(settings(["native"], memory={"profile": "8gb"}), STAGED, "fp8", 1)
+    assert (contents["native"]["memory"]["storage"], contents["native"]["memory"]["offload"]) == ("fp8", "group")
+
+
+def test_a_trainer_that_is_refused_in_any_case_changes_nothing_for_the_others() -> None:
+    model = {"checkpoint": "/models/ideogram-4", "dtype": "fp32"}
+    contents, changed = matched(settings(["native", "diffsynth"], model=model), STAGED, "spec", 1)
+    assert "model.dtype" in (why_not_matched(make(contents["diffsynth"], "diffsynth", Path("/run"))) or "")
+    assert contents["native"]["train"]["max_grad_norm"] == 1
+    assert "train.max_grad_norm" not in changed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from loraport.cli.options import AsJson, Overrides, SpecFile
+from loraport.cli.options import AsJson, SpecFile
 
 if TYPE_CHECKING:
     from loraport_bench.bench import Bench
@@ -69,9 +69,18 @@ def run(
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--for", metavar="BACKEND:FIELD=VALUE", help="Change the spec for one trainer. Repeatable."),
+        typer.Option(
+            "--for",
+            metavar="BACKEND:FIELD=VALUE",
+            help="Change the spec for one trainer, such as native:memory.text_encoder=fp8. Repeatable.",
+        ),
     ] = None,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Change a field of the spec, such as lora.rank=32. Repeatable."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the schedule and the expected time; nothing is started or written.")
     ] = False,
@@ -105,8 +114,10 @@ def run(
     from loraport_bench.process import stops_raise
     from loraport_bench.row import Machinery
     from loraport_bench.schedule import part_of
+    from loraport_bench.tiers import refuse_options
 
     given = read_spec(spec, overrides)
+    refuse_options("--set", given.model_dump(mode="json"), overrides or [], batches=batches is not None)
     settings = _settings(
         given=given.model_dump(mode="json"),
         changes=_changes(changes or []),
@@ -188,6 +199,7 @@ def _settings(**given: Any) -> Settings:
     from loraport.errors import SpecError, unknown
     from loraport.plugins import plugins
     from loraport_bench.settings import OF_SPEC, Settings
+    from loraport_bench.tiers import refuse_options
 
     for name in given["backends"]:
         plugins().backend(name)
@@ -201,9 +213,10 @@ def _settings(**given: Any) -> Settings:
                 raise SpecError(unknown(f"--{option}:", name, allowed))
     if given["card"] is not None and given["card"] not in hardware:
         raise SpecError(unknown("--card:", given["card"], hardware))
-    for name in given["changes"]:
+    for name, changes in given["changes"].items():
         if name not in given["backends"]:
             raise SpecError(unknown("--for:", name, given["backends"]))
+        refuse_options(f"--for {name}", given["given"], changes)
     for option, example in (("batches", "1,4"), ("seeds", "0,1,2")):
         given[option] = [_whole(text, option, example) for text in given[option]]
     if any(batch < 1 for batch in given["batches"]):
@@ -226,7 +239,7 @@ def _changes(given: list[str]) -> dict[str, list[str]]:
     for text in given:
         backend, colon, change = text.partition(":")
         if not colon or "=" not in change:
-            raise SpecError(f"--for {text!r}: write it as BACKEND:FIELD=VALUE, such as native:memory.compile=none.")
+            raise SpecError(f"--for {text!r}: write it as BACKEND:FIELD=VALUE, such as native:memory.text_encoder=fp8.")
         found.setdefault(backend, []).append(change)
     return found
 

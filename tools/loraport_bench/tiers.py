@@ -67,6 +67,25 @@ MEASURED = {
     "save.every": "so that there are checkpoints to score",
 }
 
+#: What the bench sets by options of its own, in every spec.
+OPTIONS = {
+    "train.steps": "--steps",
+    "train.seed": "--seeds",
+    "train.batch_size": "--batches",
+    "save.every": "--checkpoints",
+    "save.keep": "--checkpoints",
+}
+
+
+def refuse_options(option: str, given: Mapping[str, Any], changes: list[str], batches: bool = True) -> None:
+    """Raise SpecError when changes of a spec say what an option of the bench does, and would be lost; `batches`: of
+    the batch size too."""
+    said = _said(given, changes, option)
+    for path, instead in OPTIONS.items():
+        section, name = path.split(".")
+        if name in getattr(said, section).model_fields_set and (batches or instead != "--batches"):
+            raise SpecError(f"{option}: {path} is set by the bench.", hint=f"Use {instead}, for all trainers alike.")
+
 
 def content_of(settings: Settings, staged: Staged, backend: str, seed: int, batch: int) -> dict[str, Any]:
     """The spec of a run but for its memory section, as plain data: what all backends share, and what is for this one.
@@ -92,36 +111,40 @@ def content_of(settings: Settings, staged: Staged, backend: str, seed: int, batc
 
 
 def memory_of(settings: Settings, profile: str) -> dict[str, Any]:
-    """The memory section that a profile stands for, fully set. Raises SpecError for a name that is not there."""
-    spec = TrainSpec.model_validate(settings.given)
-    if profile == OF_SPEC:
-        memory = resolve_memory(spec, plugins().profiles()).memory
-    else:
-        asked = type(spec.memory).model_validate({"quantize": profile})
-        memory = resolve_memory(spec.model_copy(update={"memory": asked}), plugins().profiles()).memory
-    return _plain(memory.model_dump(mode="json"))
+    """The spec's memory section, fully set, with the quantisation that a profile stands for instead of its own. Raises
+    SpecError for a name that is not there."""
+    asked = settings.given["memory"]
+    if profile != OF_SPEC:
+        asked = {**asked, **dict.fromkeys(QUANTIZED), "quantize": profile}
+    return _filled(settings, asked)
 
 
 def matched(
     settings: Settings, staged: Staged, profile: str, batch: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The matched spec of each backend (seed and repeat left as they are), and what of it is not the given spec's, with
-    why. Each field of COMMON takes its common value when more backends do that exactly than the spec's own.
+    why. Each field of COMMON takes its common value when more backends do that exactly than the spec's own, those left
+    out that are refused in any case.
 
-    Raises SpecError when a change for one backend would have it do other work.
+    Raises SpecError when a change for one backend would have it do other work, or at other cost.
     """
-    contents = {name: content_of(settings, staged, name, settings.seeds[0], batch) for name in settings.backends}
+    memory, own = memory_of(settings, profile), memory_of(settings, OF_SPEC)
+    contents = {
+        name: content_of(settings, staged, name, settings.seeds[0], batch)
+        | {"memory": _memory_for(name, memory, settings)}
+        for name in settings.backends
+    }
     _refuse_different(contents)
-    memory = memory_of(settings, profile)
-    for content in contents.values():
-        content["memory"] = dict(memory)
     changed = dict(MEASURED)
+    if any(memory[name] != own[name] for name in QUANTIZED):
+        changed["memory.quantize"] = "what --profiles says"
+    lost = _lost(contents)
     for path, value in COMMON.items():
         if all(_at(content, path) == value for content in contents.values()):
             continue
         tried = {backend: _with(content, path, value) for backend, content in contents.items()}
-        not_exact = _inexact(contents, path)
-        if len(_inexact(tried, path)) < len(not_exact):
+        not_exact = _inexact(contents, path, lost)
+        if len(_inexact(tried, path, lost)) < len(not_exact):
             contents = tried
             changed[path] = f"{value}: not done exactly by {', '.join(not_exact)} as the spec has it"
     return contents, changed
@@ -131,23 +154,24 @@ def best_effort(settings: Settings, staged: Staged, profile: str, batch: int, ba
     """The spec with the memory settings that are recommended for the card, mapped to what this backend can do.
 
     The hardware profile's settings count; of the quantisations that store weights as `profile` does, the one that
-    computes in fewest bits which the backend takes, and compiling where it takes it.
+    computes in fewest bits which the backend takes, and compiling where it takes it. What a change for this backend
+    says of memory holds whatever is recommended.
     """
     content = content_of(settings, staged, backend, settings.seeds[0], batch)
     recommended = _recommended(settings)
-    base = memory_of(settings, profile)
+    base = _quantized(settings, profile)
     found = None
     for storage in _quantisations(profile, base):
         for compile_name in dict.fromkeys((recommended["compile"], "none")):
             memory = {**recommended, **storage, "compile": compile_name}
-            tried = {**content, "memory": _plain(memory)}
+            tried = {**content, "memory": _memory_for(backend, _plain(memory), settings)}
             kinds = {v.path: v.kind for v in make(tried, backend, Path("run")).verdicts if v.path.startswith("memory.")}
             if Kind.REFUSED in kinds.values():
                 continue
             if kinds["memory.compute"] in (Kind.EXACT, Kind.APPROXIMATED):
                 return tried
             found = found or tried
-    return found or {**content, "memory": _plain({**recommended, **{name: base[name] for name in QUANTIZED}})}
+    return found or {**content, "memory": _memory_for(backend, _plain({**recommended, **base}), settings)}
 
 
 def make(content: Mapping[str, Any], backend: str, out: Path) -> Plan:
@@ -157,9 +181,7 @@ def make(content: Mapping[str, Any], backend: str, out: Path) -> Plan:
 
 def why_not_matched(made: Plan) -> str | None:
     """Why this plan has no place in the matched tier; None when it does all of MATCHED exactly."""
-    of_sets = [path for path in set_fields(made.spec) if path.rpartition(".")[2] in MATCHED_OF_SETS]
-    needed = {*MATCHED, *of_sets, *(["lora.factor"] if made.spec.lora.type == "lokr" else [])}
-    bad = [verdict for verdict in made.not_exact() if verdict.path in needed]
+    bad = [verdict for verdict in made.not_exact() if verdict.path in _needed(made)]
     if not bad:
         return None
     return "; ".join(f"{verdict.path} = {shown(verdict.value)}: {verdict.kind}: {verdict.reason}" for verdict in bad)
@@ -195,7 +217,7 @@ def _refuse_different(contents: Mapping[str, Mapping[str, Any]]) -> None:
     for name, content in contents.items():
         for path in MATCHED:
             value, same = _at(content, path), _at(reference, path)
-            if not path.startswith("memory.") and value != same:
+            if value != same:
                 raise SpecError(
                     f"--for: {path} is {value!r} for {name} and {same!r} for {first}: the matched tier wants it alike.",
                     hint="Change it for all with --set, or measure with --tiers best-effort.",
@@ -213,9 +235,14 @@ def _recommended(settings: Settings) -> dict[str, Any]:
     return DEFAULTS | (chosen[1] if chosen else {})
 
 
-def _quantisations(profile: str, base: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+def _quantized(settings: Settings, profile: str) -> dict[str, Any]:
+    """memory.storage and memory.compute as a profile has them."""
+    sets = memory_of(settings, OF_SPEC) if profile == OF_SPEC else plugins().profiles()["quantize", profile].sets
+    return {name: sets[name] for name in QUANTIZED}
+
+
+def _quantisations(profile: str, own: dict[str, Any]) -> Iterable[dict[str, Any]]:
     """What memory.storage and memory.compute may be for a profile, the fastest first."""
-    own = {name: base[name] for name in QUANTIZED}
     if profile == OF_SPEC:
         return [own]
     card = _card()
@@ -238,13 +265,57 @@ def _plain(memory: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in memory.items() if name not in ("profile", "quantize")}
 
 
-def _inexact(contents: Mapping[str, Mapping[str, Any]], path: str) -> list[str]:
-    """The backends that do not do exactly what is said at `path`."""
+def _said(given: Mapping[str, Any], changes: list[str] | None, origin: str) -> TrainSpec:
+    """The spec with these changes, in which of train, memory and save nothing is set but what the changes say."""
+    bare = {name: part for name, part in given.items() if name not in ("train", "memory", "save")}
+    return build_spec(bare, changes, base=Path.cwd(), origin=origin).spec
+
+
+def _memory_for(backend: str, memory: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """A memory section with what the changes for this backend say of it."""
+    said = _said(settings.given, settings.changes.get(backend), f"the spec for {backend}").memory
+    own = said.model_dump(mode="json", exclude_unset=True)
+    if "profile" in own:  # which fills only what is left out
+        memory = {name: memory[name] for name in QUANTIZED}
+    if "quantize" in own:
+        memory = {name: value for name, value in memory.items() if name not in QUANTIZED}
+    return _filled(settings, {**memory, **own})
+
+
+def _filled(settings: Settings, memory: Mapping[str, Any]) -> dict[str, Any]:
+    """A memory section with every setting."""
+    spec = TrainSpec.model_validate({**settings.given, "memory": memory})
+    return _plain(resolve_memory(spec, plugins().profiles()).memory.model_dump(mode="json"))
+
+
+def _needed(made: Plan) -> set[str]:
+    """The fields that a plan has to do exactly for a place in the matched tier."""
+    of_sets = [path for path in set_fields(made.spec) if path.rpartition(".")[2] in MATCHED_OF_SETS]
+    return {*MATCHED, *of_sets, *(["lora.factor"] if made.spec.lora.type == "lokr" else [])}
+
+
+def _lost(contents: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The backends that are refused for a field which no common value mends."""
+    found = set()
+    for backend, content in contents.items():
+        for path, value in COMMON.items():
+            content = _with(content, path, value)
+        made = make(content, backend, Path("run"))
+        needed = _needed(made)
+        bad = {v.path for v in made.not_exact() if v.kind is Kind.REFUSED or v.path in needed}
+        if bad - COMMON.keys():
+            found.add(backend)
+    return found
+
+
+def _inexact(contents: Mapping[str, Mapping[str, Any]], path: str, lost: set[str]) -> list[str]:
+    """The backends, but for those lost, that do not do exactly what is said at `path`."""
     found = []
     for backend, content in contents.items():
-        verdict = next(v for v in make(content, backend, Path("run")).verdicts if v.path == path)
-        if verdict.kind is not Kind.EXACT:
-            found.append(backend)
+        if backend not in lost:
+            verdict = next(v for v in make(content, backend, Path("run")).verdicts if v.path == path)
+            if verdict.kind is not Kind.EXACT:
+                found.append(backend)
     return found
 
 

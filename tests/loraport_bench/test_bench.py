@@ -582,3 +582,23 @@ def test_the_examples_of_changes_in_the_help_work(bench: Any) -> None:
     code, said = bench("--backends", "native,swift", *given, "--seeds", "0", "--dry-run")
     assert code == 0, said
     assert "matched/spec/batch-2/native/0/0: to run" in said
+
+
+def test_a_checkpoint_whose_name_has_spaces_and_commas_is_told_by_its_last_part_everywhere(
+    bench: Any, spec_file: Path, tmp_path: Path
+) -> None:
+    place = "/mnt/My models (v2), painter's/tiny"
+    content = parse_yaml(spec_file.read_text(), "spec")
+    spec_file.write_text(dump_yaml({**content, "model": {"checkpoint": place}}))
+    given = ("--backends", "swift,inexact,broken", "--tiers", "matched", "--seeds", "0", "--held-out", "0")
+    code, said = bench(*given, "--set", f"model.checkpoint={place}")
+    assert code == 0, said
+    told = results(tmp_path)
+    assert told.spec["model"]["checkpoint"] == "…/tiny"
+    assert [run.configuration.spec["model"]["checkpoint"] for run in told.runs if run.configuration] == ["…/tiny"] * 2
+    for path in (tmp_path / "out").glob("re*.*"):
+        assert not [part for part in ("/mnt", "My models", "painter") if part in path.read_text()], path
+    command = ["bench", "a.yaml", "--set", f"model.checkpoint={place}", "-o", f"{place}/out, 2"]
+    assert shlex.split(shortened_command(command, Path("/data/out")))[-3:] == [
+        "model.checkpoint=…/tiny", "-o", "…/out, 2",
+    ]  # fmt: skip

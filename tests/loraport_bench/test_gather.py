@@ -11,7 +11,8 @@ from bench_example import example
 from typer.testing import CliRunner
 
 from loraport.cli.main import build_app
-from loraport.errors import DataError
+from loraport.errors import DataError, SpecError
+from loraport_bench import records as r
 from loraport_bench.gather import gathered
 from loraport_bench.records import Results
 
@@ -67,6 +68,28 @@ def test_benches_that_cannot_stand_side_by_side_are_refused_by_name() -> None:
         gathered({"a": part("fp8"), "b": part("fp8")})
     with pytest.raises(DataError, match="a and b both hold rows of matched/fp8/1, with other numbers of steps"):
         gathered({"a": part("fp8", ["native"]), "b": part("fp8", ["diffsynth"], steps=30)})
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"), [("lora", "rank", 64), ("train", "learning_rate", 0.5), ("dataset", "flip", True)]
+)
+def test_runs_of_other_work_are_no_repeats_of_a_row(section: str, name: str, value: Any) -> None:
+    spec = {"lora": {"rank": 4}, "train": {"seed": 0, "learning_rate": 0.1}, "dataset": {"flip": False, "path": "/a"}}
+
+    def trained(repeat: int, **changes: Any) -> Results:
+        """One repeat of a backend, as a bench of its own."""
+        whole, made = part("fp8", ["native"]), {part: {**spec[part], **changes.get(part, {})} for part in spec}
+        run = next(run for run in whole.runs if (run.tier, run.repeat) == ("matched", repeat))
+        configuration = r.Configuration(spec=made, files={}, command=[], env={})
+        return whole.model_copy(update={"runs": [run.model_copy(update={"configuration": configuration})]})
+
+    first = trained(0)
+    alike = gathered({"a": first, "b": trained(1, train={"seed": 9}, dataset={"path": "/b"})})
+    assert len(alike.runs) == 2
+    with pytest.raises(SpecError) as caught:
+        gathered({"a": first, "b": trained(1, **{section: {name: value}})})
+    assert f"{section}.{name} is {spec[section][name]!r} in a and {value!r} in b" in caught.value.message
+    assert "matched/fp8/1 by native" in caught.value.message
 
 
 def test_the_command_writes_one_report_and_its_data_beside_it(tmp_path: Path) -> None:

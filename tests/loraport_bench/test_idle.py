@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_driver import Driver
@@ -100,6 +102,23 @@ def test_the_lock_is_held_against_other_processes_and_given_back_when_one_is_kil
     process.wait()
     with alone_on_machine("another", wait=False):
         pass
+
+
+def test_the_lock_that_another_user_made_in_a_shared_folder_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def protected(path: Any, flags: int, *more: Any) -> int:
+        """As Linux does in /tmp where fs.protected_regular is set."""
+        if flags & os.O_CREAT and Path(path).exists():
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags, *more)
+
+    monkeypatch.setattr("loraport_bench.idle.os.open", protected)
+    for _ in range(2):
+        with alone_on_machine("a run", wait=False):
+            pass
 
 
 def test_a_queue_waits_for_the_lock(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -54,3 +56,33 @@ def test_an_absolute_path_is_told_by_its_last_part(given: str, wanted: str) -> N
 )
 def test_what_is_no_place_of_this_machine_stays_as_it_is(text: str) -> None:
     assert shortened(text, BENCH) == ("…/" if text == "/" else text)
+
+
+@pytest.mark.parametrize(
+    "name", ["My models (v2), old/tiny", "the painter's, v2/a: b", "größe, (1)/x y", "a b/back\\\\1, c"]
+)
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_path_that_the_spec_names_is_told_by_its_last_part_whatever_is_in_its_name(name: str, inner: bool) -> None:
+    place, last = f"/mnt/{name}", name.rpartition("/")[2]
+    spec = {"model": {"checkpoint": place}, "dataset": {"path": None, "sets": [{"path": f"{place} 2/"}]}}
+    texts = [place, f"model.checkpoint={place}", f"{place} holds no vae. Take {place}/vae, {place} 2, or {place}."]
+    wanted = [
+        f"…/{last}",
+        f"model.checkpoint=…/{last}",
+        f"…/{last} holds no vae. Take …/{last}/vae, …/{last} 2, or …/{last}.",
+    ]
+    given = {"files": texts, "spec": spec} if inner else {"files": texts}
+    assert shortened(given, BENCH, None if inner else spec)["files"] == wanted
+    for quoted in (json.dumps(place), shlex.quote(place), "'" + place.replace("'", "''") + "'"):
+        told = shortened(f"checkpoint {quoted}", BENCH, spec)
+        assert told[:-1].endswith(f"…/{last}")
+        assert "/mnt" not in told
+    assert shortened(spec, BENCH)["dataset"]["sets"] == [{"path": f"…/{last} 2/"}]
+
+
+def test_a_place_that_the_spec_names_is_no_part_of_what_is_shortened_already() -> None:
+    spec = {"dataset": {"path": "/data"}}
+    told = shortened(
+        ["/data/a b.png", "<bench>/data", "…/data", "https://data/x", "/mydata/x", "/data/out/x"], BENCH, spec
+    )
+    assert told == ["…/data/a b.png", "<bench>/data", "…/data", "https://data/x", "…/x", "<bench>/x"]

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from bench_example import example
+from typer.testing import CliRunner
 
+from loraport.cli.main import build_app
 from loraport.errors import DataError, SpecError
 from loraport.footprint import Footprint, Forecast, Phase
 from loraport.gpu import Card
@@ -242,6 +244,31 @@ def test_a_page_gets_its_tables_from_the_file_between_the_markers(data: DataFile
     page.write_text("<!-- bench: gone.jsonl -->\n<!-- /bench -->\n")
     with pytest.raises(DataError, match=r"gone\.jsonl"):
         table.fill(page)
+
+
+def test_a_page_that_cannot_be_filled_is_told_and_stays_as_it_is(data: DataFile, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nosuch\.md cannot be read: No such file"):
+        table.fill(tmp_path / "nosuch.md")
+    page = tmp_path / "page.md"
+    opened = "<!-- bench: rows.jsonl -->\n"
+    for text, said in (
+        ("nothing, not even inline: `<!-- bench: FILE -->`\n", "has no marker of a table"),
+        (f"{opened}mine\n", r"the table of rows\.jsonl has no end"),
+        (f"{opened}mine\n{opened}<!-- /bench -->\n", r"the table of rows\.jsonl has no end"),
+    ):
+        page.write_text(text)
+        with pytest.raises(DataError, match=said):
+            table.fill(page)
+        assert page.read_text() == text
+
+
+def test_the_command_tells_how_many_tables_of_a_page_it_renewed(data: DataFile, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    for number, said in ((1, "Renewed 1 table in"), (2, "Renewed 2 tables in")):
+        page.write_text("<!-- bench: rows.jsonl -->\n<!-- /bench -->\n" * number)
+        done = CliRunner().invoke(build_app(), ["bench", "table", "--into", str(page)])
+        assert said in " ".join(done.output.split())
+        assert page.read_text().count(table.markdown(data)) == number
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/benchmarks/README.md"])

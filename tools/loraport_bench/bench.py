@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import re
 import shlex
 import shutil
 import time
@@ -238,7 +239,7 @@ class Bench:
         for group in dict.fromkeys(job.group for job in self.jobs):
             of_group = [job for job in self.jobs if (job.group, job.repeat) == (group, 0)]
             plans = {job.backend: made for job in of_group if isinstance(made := self.plan(job, staged), Plan)}
-            told = [shortened(each.model_dump(), self.folder) for each in inequalities(plans)]
+            told = [shortened(each.model_dump(), self.folder, self.settings.given) for each in inequalities(plans)]
             found[group_name(*group)] = [r.Inequality(**each) for each in told]
         return found
 
@@ -318,4 +319,6 @@ def summary(run: r.Run) -> str:
 
 def shortened_command(arguments: list[str], folder: Path) -> str:
     """The command for the record, the places of this machine shortened."""
-    return f"loraport {shlex.join(shortened(arguments, folder))}"
+    # An argument, or what an option or a field is given, is a path as a whole.
+    spec = [{"path": each[each.index("/") :]} for each in arguments if re.match(r"([\w.:-]+=)?/", each)]
+    return f"loraport {shlex.join(shortened(arguments, folder, spec))}"

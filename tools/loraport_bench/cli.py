@@ -117,12 +117,15 @@ def table(
     """
     from loraport.errors import SpecError
     from loraport.files import write_atomic
-    from loraport_bench.table import fill, printed
+    from loraport_bench.table import fill, printed, tables_in
 
     if (file is None) == (into is None):
         raise SpecError("Give a data file to print, or a page with --into.")
     if into is not None:
-        write_atomic(into, fill(into))
+        text = fill(into)
+        write_atomic(into, text)
+        number = tables_in(text)
+        typer.echo(f"Renewed {number} {'table' if number == 1 else 'tables'} in {into}")
     elif file is not None:
         if not file.is_file():
             raise SpecError(f"{file} is not there.")

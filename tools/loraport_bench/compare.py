@@ -26,7 +26,7 @@ SAME_WITHOUT = 0.001
 _CLOCKS = {"trainer": "the trainer's own clock", "outside": "a clock outside"}
 _NOT_SETTINGS = ("train.seed", "dataset.path", "name", "version")
 #: Settings that decide how much work a run is, or what is trained.
-_WORK = ("lora.", "train.", "dataset.")
+WORK = ("lora.", "train.", "dataset.")
 _PROTOCOL = {
     "steps": "optimizer steps",
     "warm_up": "steps of warm-up",
@@ -281,16 +281,21 @@ def _listed(values: list[str] | None) -> str:
 
 def _settings(old: Entry, new: Entry) -> tuple[list[str], list[str]]:
     """The settings that differ: those that make it other work, and the rest."""
-    before, after = _spec(old.runs), _spec(new.runs)
+    before, after = settings_of(old.runs), settings_of(new.runs)
     if before is None or after is None:
         return [], []
-    differ = [name for name in dict.fromkeys([*before, *after]) if before.get(name) != after.get(name)]
-    told = {name: f"{name} {before.get(name)!r} → {after.get(name)!r}" for name in differ}
-    work = [text for name, text in told.items() if name.startswith(_WORK)]
-    return work, [text for name, text in told.items() if not name.startswith(_WORK)]
+    told = {name: f"{name} {one!r} → {two!r}" for name, (one, two) in differing(before, after).items()}
+    work = [text for name, text in told.items() if name.startswith(WORK)]
+    return work, [text for name, text in told.items() if not name.startswith(WORK)]
 
 
-def _spec(runs: Sequence[Run]) -> dict[str, Any] | None:
+def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values of each setting that differs; None where one side has it not."""
+    names = dict.fromkeys([*before, *after])
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+
+
+def settings_of(runs: Sequence[Run]) -> dict[str, Any] | None:
     """The settings of a row by dotted paths, without what differs between its repeats; None when it has no plan."""
     made = next((run.configuration for run in runs if run.configuration), None)
     return None if made is None else dict(_flat(made.spec))

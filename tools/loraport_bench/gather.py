@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from loraport.errors import DataError
+from loraport.errors import DataError, SpecError
 from loraport_bench import records as r
+from loraport_bench.compare import WORK, differing, settings_of
 from loraport_bench.equal_work import with_differences
 
 #: What must be alike wherever rows are shown side by side.
@@ -18,9 +19,11 @@ _SAME_IN_GROUP = ("steps", "warm_up", "sampling_s")
 
 def gathered(benches: Mapping[str, r.Results]) -> r.Results:
     """One results file of several, by the names of their folders. Raises DataError when they trained other images,
-    when a group of rows that are compared took other steps in one of them, or when two hold the same row."""
+    when a group of rows that are compared took other steps in one of them, or when two hold the same row; SpecError
+    when what would be repeats of one row trained otherwise."""
     found = list(benches.values())
     _refuse_others(benches)
+    _refuse_other_work(benches)
     sources = [source for place, each in benches.items() for source in _sources(place, each)]
     hashes = list(dict.fromkeys(each.spec_sha256 for each in found))
     runs = [run for each in found for run in each.runs]
@@ -73,6 +76,23 @@ def _refuse_others(benches: Mapping[str, r.Results]) -> None:
                     hint="Each row counts once. Leave one of them out, or give the second other --seeds.",
                 )
             keys[run.key] = place
+
+
+def _refuse_other_work(benches: Mapping[str, r.Results]) -> None:
+    """Runs of a backend in a group are repeats of one row, whose medians are told: they must be of the same work."""
+    known: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
+    for place, each in benches.items():
+        for run in each.runs:
+            if (settings := settings_of([run])) is None:
+                continue
+            first, reference = known.setdefault((run.group, run.backend), (place, settings))
+            for name, (one, two) in differing(reference, settings).items():
+                if name.startswith(WORK):
+                    raise SpecError(
+                        f"The runs of {'/'.join(map(str, run.group))} by {run.backend} are no repeats of each other: "
+                        f"{name} is {one!r} in {first} and {two!r} in {place}.",
+                        hint="A report is on equal work. `loraport bench compare` tells how two benches differ.",
+                    )
 
 
 def _together(protocols: Sequence[r.Protocol]) -> r.Protocol:

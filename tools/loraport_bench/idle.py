@@ -83,7 +83,12 @@ def alone_on_machine(what: str, wait: bool) -> Iterator[None]:
     given = os.environ.get("LORAPORT_BENCH_LOCK")
     path = Path(given) if given else Path(tempfile.gettempdir()) / "loraport-bench.lock"
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            # Not O_CREAT at once: where all may write but each only removes their own, as in /tmp, Linux refuses that
+            # for somebody else's file (fs.protected_regular).
+            descriptor = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise RunFolderError(
             f"The machine's lock {path} cannot be opened: {error.strerror}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -18,6 +19,7 @@ from loraport.hub_datasets import on_disk
 from loraport.sets import ImageSet, held_out_items, image_sets, subject, trained_sets
 from loraport.spec.models import DatasetSection, TrainSpec
 from loraport.staging import write_tiny_checkpoint
+from loraport_bench.settings import writing
 
 TRAINED, HELD_OUT = "images", "held-out"
 
@@ -79,23 +81,21 @@ def held_out_dataset(spec: TrainSpec, folder: Path) -> dict[str, Any]:
 
 def stage_images(spec: TrainSpec, held_out: int, family: Family, folder: Path) -> Staged:
     """Write the spec's images under `folder`, once. The last `held_out` by name of its first set are kept from
-    training, unless the spec names a folder of its own for validation.
+    training, unless the spec names a folder of its own for validation; with 0 there are none of either.
 
     Captions get the trigger word of their set. Raises DataError for what is wrong with images or captions, or when
-    none is left to train.
+    none is left to train; RunFolderError when they cannot be written.
     """
-    if not folder.exists():
-        draft = folder.with_name(f".{folder.name}")
-        shutil.rmtree(draft, ignore_errors=True)
-        kept = {"images": max(1, held_out), "every": int(bool(held_out or spec.validation.path))}
-        split = spec.model_copy(update={"validation": spec.validation.model_copy(update=kept)})
-        split = on_disk(split, None, lambda text: None)
-        for one, each in zip(image_sets(spec.dataset), trained_sets(split, family), strict=True):
-            _write(each.items, one, spec.dataset, family, place_of(one, spec, draft / TRAINED))
-        _write(held_out_items(split, family), subject(spec.dataset), spec.dataset, family, draft / HELD_OUT)
-        os.replace(draft, folder)
-    if spec.model.checkpoint == "tiny":
-        write_tiny_checkpoint(Path(_checkpoint(spec, folder)))
+    lock = folder.with_name(f".{folder.name}.lock")
+    with writing(lock):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # another session of this bench may be at it
+        if not folder.exists():
+            _stage(spec, held_out, family, folder)
+        if spec.model.checkpoint == "tiny":
+            write_tiny_checkpoint(Path(_checkpoint(spec, folder)))
     files = {name: sorted((folder / name).rglob("*.png")) for name in (TRAINED, HELD_OUT)}
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
@@ -111,16 +111,32 @@ def stage_images(spec: TrainSpec, held_out: int, family: Family, folder: Path) -
     )
 
 
+def _stage(spec: TrainSpec, held_out: int, family: Family, folder: Path) -> None:
+    draft = folder.with_name(f".{folder.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    kept = {"images": max(1, held_out), "every": int(bool(held_out))}
+    split = spec.model_copy(update={"validation": spec.validation.model_copy(update=kept)})
+    split = on_disk(split, None, lambda text: None)
+    for one, each in zip(image_sets(spec.dataset), trained_sets(split, family), strict=True):
+        _write(each.items, one, spec.dataset, family, place_of(one, spec, draft / TRAINED))
+    _write(held_out_items(split, family), subject(spec.dataset), spec.dataset, family, draft / HELD_OUT)
+    with writing(folder):
+        os.replace(draft, folder)
+
+
 def _checkpoint(spec: TrainSpec, folder: Path) -> str:
     given = spec.model.checkpoint
     return str(folder.with_name("tiny-checkpoint")) if given == "tiny" else given
 
 
 def _write(items: Iterable[Item], one: ImageSet, dataset: DatasetSection, family: Family, folder: Path) -> None:
-    folder.mkdir(parents=True)
+    with writing(folder):
+        folder.mkdir(parents=True)
     for number, item in enumerate(items, start=1):
         # Trainers differ in what they do with small images, whatever the spec says: here none is left small.
         size = bucket_for(item.size, one.resolution, family.side_multiple, True, dataset.aspect_buckets)
         target = folder / f"{number:05d}.png"
-        fit(load_image(item), size).save(target, compress_level=1)
-        target.with_suffix(f".{caption_ext(one)}").write_text(item.caption, encoding="utf-8")
+        image = fit(load_image(item), size)
+        with writing(target):
+            image.save(target, compress_level=1)
+            target.with_suffix(f".{caption_ext(one)}").write_text(item.caption, encoding="utf-8")

@@ -69,7 +69,7 @@ def run_row(job: Job, made: Plan | LoraPortError, machinery: Machinery) -> r.Run
     folder = machinery.row_folder(job)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    run = _refusal(job, made, machinery.folder) or _trained(job, _plan_of(made), machinery, folder)
+    run = _refusal(job, made, machinery) or _trained(job, _plan_of(made), machinery, folder)
     write_atomic(folder / RECORD, run.model_dump_json() + "\n")
     return run
 
@@ -87,7 +87,7 @@ def _plan_of(made: Plan | LoraPortError) -> Plan:
     return made
 
 
-def _refusal(job: Job, made: Plan | LoraPortError, bench: Path) -> r.Run | None:
+def _refusal(job: Job, made: Plan | LoraPortError, bench: Machinery) -> r.Run | None:
     """The row of a training that is not begun, or None."""
     if isinstance(made, LoraPortError):
         return _row(
@@ -109,7 +109,9 @@ def refusal_of(job: Job, made: Plan) -> str | None:
     return why_not_matched(made) if job.tier == "matched" else None
 
 
-def _row(job: Job, made: Plan | None, bench: Path, status: r.Status, failure: r.Failure | None, **more: Any) -> r.Run:
+def _row(
+    job: Job, made: Plan | None, bench: Machinery, status: r.Status, failure: r.Failure | None, **more: Any
+) -> r.Run:
     known: dict[str, Any] = {
         "key": job.key,
         "position": job.position,
@@ -120,11 +122,11 @@ def _row(job: Job, made: Plan | None, bench: Path, status: r.Status, failure: r.
         "repeat": job.repeat,
         "seed": job.seed,
         "status": status,
-        "failure": failure and r.Failure(**shortened(failure.model_dump(), bench)),
+        "failure": failure and r.Failure(**shortened(failure.model_dump(), bench.folder, bench.settings.given)),
         "started": datetime.datetime.now(datetime.UTC),
         "total_s": 0.0,
         "versions": {},
-        "verdicts": [] if made is None else judgements(made, bench),
+        "verdicts": [] if made is None else judgements(made, bench.folder),
     }
     return r.Run(**{**known, **more})
 
@@ -160,7 +162,7 @@ def _trained(job: Job, made: Plan, machinery: Machinery, folder: Path) -> r.Run:
         return _row(
             job,
             made,
-            machinery.folder,
+            machinery,
             "ok" if failure is None else "failed",
             failure,
             started=started,
@@ -168,7 +170,7 @@ def _trained(job: Job, made: Plan, machinery: Machinery, folder: Path) -> r.Run:
             machine=machine(idle),
             versions=_versions(job.backend, made),
             configuration=configuration(made, machinery.folder),
-            notes=shortened(notes, machinery.folder),
+            notes=shortened(notes, machinery.folder, settings.given),
             **numbers,
         )
     finally:
@@ -343,7 +345,8 @@ def images_a_step(made: Plan) -> int:
 
 def judgements(made: Plan, folder: Path) -> list[r.Judgement]:
     """A plan's verdicts as they are recorded."""
-    return [r.Judgement(**shortened(verdict, folder)) for verdict in made.to_dict()["verdicts"]]
+    spec = made.spec.model_dump(mode="json")
+    return [r.Judgement(**shortened(verdict, folder, spec)) for verdict in made.to_dict()["verdicts"]]
 
 
 def configuration(made: Plan, folder: Path) -> r.Configuration:

@@ -64,8 +64,12 @@ def part_of(jobs: list[Job], number: int, count: int) -> list[Job]:
 
 
 def expected_seconds(job: Job, done: Iterable[Run]) -> float | None:
-    """How long a training will take: the median of those done that are most like it; None when nothing is known."""
-    finished = [run for run in done if run.backend == job.backend and run.status != "refused"]
+    """How long a training will take: the median of those done that are most like it; None when nothing is known.
+
+    Of those that failed only what was out of time tells anything; the others broke off early.
+    """
+    reasons = (None, "time-out")
+    finished = [run for run in done if run.backend == job.backend and (run.failure and run.failure.reason) in reasons]
     for alike in (
         [run for run in finished if run.group == job.group],
         [run for run in finished if (run.profile, run.batch) == (job.profile, job.batch)],

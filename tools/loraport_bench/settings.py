@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, ValidationError
 
-from loraport.errors import DataError, SpecError
+from loraport.errors import DataError, RunFolderError, SpecError
 from loraport.files import write_atomic
 from loraport_bench.records import Data, Tier
 
@@ -45,9 +47,12 @@ class Settings(Data):
 
     def keep_in(self, folder: Path) -> None:
         """Write to a bench's folder; into an old one if it was for the same, or had another limit, which measures
-        nothing else. Raises SpecError naming what differs."""
+        nothing else. Raises SpecError naming what differs, RunFolderError when the folder cannot be made."""
         path = folder / FILE
-        if path.exists():
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            begun = path.exists()
+        if begun:
             old = self.read_from(folder)
             names = [name for name in type(self).model_fields if getattr(old, name) != getattr(self, name)]
             told = [
@@ -60,7 +65,6 @@ class Settings(Data):
                 )
             if not names:
                 return
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
@@ -73,6 +77,20 @@ class Settings(Data):
                 f"{folder} is not the folder of a bench: its {FILE} is missing or damaged.",
                 hint="`loraport bench SPEC -o FOLDER` makes one.",
             ) from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises RunFolderError, naming the path, for what the system says against writing it."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise RunFolderError(f"{path} is a file, not a folder.", hint="Name another folder with --out.") from error
+    except OSError as error:
+        raise RunFolderError(
+            f"{path} cannot be written: {error.strerror or error}.",
+            hint="Free some space, or name a folder with --out that you can write to; the same command goes on there.",
+        ) from error
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

@@ -15,7 +15,10 @@ from loraport_bench.report.markdown import leading
 from loraport_bench.results import DataFile
 from loraport_bench.rows import QUALITY_ROWS, ROWS, Row
 
-_MARKED = re.compile(r"(<!-- bench: (\S+)( short)? -->\n).*?(<!-- /bench -->)", re.DOTALL)
+#: A table in a page; its last group is empty where the next one begins, or the page ends, before its end.
+_MARKED = re.compile(
+    r"(<!-- bench: (\S+)( short)? -->\n).*?(<!-- /bench -->|(?=<!-- bench: \S+(?: short)? -->\n)|\Z)", re.DOTALL
+)
 
 STEP_HEAD = ("profile", "s/step", "bar", "× stock", "bar", "× floor", "peak GiB", "bar", "floor", "whole card GiB")
 _SHORT = (0, 1, 3, 6)  #: columns of STEP_HEAD that a short table has
@@ -51,16 +54,33 @@ def fill(page: Path) -> str:
     """The text of a page with each table between `<!-- bench: FILE -->` and `<!-- /bench -->` made anew; with the word
     short after FILE, a short one.
 
-    FILE is relative to the page. Raises DataError for a file that is not there.
+    FILE is relative to the page. Raises DataError for a page or a file that is not there, for a page without markers,
+    and for a table without an end.
     """
 
     def made(match: re.Match[str]) -> str:
+        if not match[4]:
+            raise DataError(f"{page}: the table of {match[2]} has no end.", hint="Put <!-- /bench --> after it.")
         data = page.parent / match[2]
         if not data.is_file():
             raise DataError(f"{page} names {match[2]}, which is not there.")
         return f"{match[1]}{printed(data, brief=bool(match[3]))}{match[4]}"
 
-    return _MARKED.sub(made, page.read_text(encoding="utf-8"))
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{page} cannot be read: {error.strerror}.") from error
+    if not tables_in(text):
+        raise DataError(
+            f"{page} has no marker of a table.",
+            hint="Put the lines <!-- bench: FILE --> and <!-- /bench --> where one is to stand.",
+        )
+    return _MARKED.sub(made, text)
+
+
+def tables_in(text: str) -> int:
+    """How many tables a page has between markers."""
+    return len(_MARKED.findall(text))
 
 
 def step_head(file: DataFile) -> tuple[str, ...]:

@@ -86,13 +86,13 @@ class Comparison:
     def lines(self) -> list[str]:
         """What to print."""
         found = [f"note: {each}" for each in self.differences]
+        found += [f"only in OLD: {each}" for each in self.missing]
+        found += [f"only in NEW: {each}" for each in self.added]
         found += [f"worse: {each}" for each in self.broken]
         found += [f"worse: {change.text()}" for change in self.of("worse")]
         found += [f"better: {each}" for each in self.repaired]
         found += [f"better: {change.text()}" for change in self.of("better")]
         found += [f"not compared: {each}" for each in self.skipped]
-        found += [f"only in OLD: {each}" for each in self.missing]
-        found += [f"only in NEW: {each}" for each in self.added]
         same = len(self.of("same"))
         better = len(self.of("better")) + len(self.repaired)
         found.append(f"{self.worse} worse, {better} better, {same} within the noise.")

@@ -38,7 +38,7 @@ from loraport_bench.sampling import (
     throttled,
 )
 from loraport_bench.schedule import Job
-from loraport_bench.settings import Settings
+from loraport_bench.settings import Settings, writing
 from loraport_bench.tiers import shown, why_not_matched
 from loraport_bench.told import Span, Told, sort_out
 
@@ -212,7 +212,8 @@ def _keep_outputs(made: Plan, told: Told, run_dir: Path, lora: Path, folder: Pat
     for step in set(kept) - {point["step"] for point in points}:
         kept[step].unlink()
     points.append({"file": LORA, "step": last, "train_s": told.phases().get("train", 0.0)})
-    shutil.copy(lora, folder / LORA)
+    with writing(folder / LORA):
+        shutil.copy(lora, folder / LORA)
     content = [{**point, "images": point["step"] * a_step} for point in points]  # type: ignore[operator]
     write_atomic(folder / TO_SCORE, json.dumps(content) + "\n")
     return problems

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
-import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from bench_results import results
 from PIL import Image
 
-from loraport.errors import BackendError, DataError, Interrupted
-from loraport.scoring import Score
 from loraport.spec.yaml_text import dump_yaml, parse_yaml
-from loraport_bench import overhead
 from loraport_bench.bench import shortened_command
-from loraport_bench.records import Results, Run
+from loraport_bench.records import Run
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
-
-
-def results(tmp_path: Path) -> Results:
-    return Results.read(tmp_path / "out" / "results.json")
 
 
 def by_backend(tmp_path: Path) -> dict[str, Run]:
@@ -241,147 +229,6 @@ def test_every_kind_of_failure_is_a_row_with_its_reason_and_the_others_go_on(ben
     assert rows["swift"].status == "ok"
 
 
-def test_a_bench_goes_on_where_it_was_and_only_what_is_asked_for_is_run_again(bench: Any, tmp_path: Path) -> None:
-    options = ("--backends", "swift,broken", "--tiers", "matched", "--seeds", "0")
-    code, said = bench(*options, "--session-limit", "0")
-    assert code == 0, said
-    assert "The session's time is up" in said
-    before = results(tmp_path)
-    assert [run.key for run in before.runs] == ["matched/spec/swift/0/0"]
-    assert not before.complete
-    code, said = bench(*options, "--dry-run")
-    assert "matched/spec/swift/0/0: done" in said
-    assert "matched/spec/broken/0/0: to run, time not known yet" in said
-    code, said = bench(*options)
-    assert "matched/spec/swift/0/0: there already" in said
-    after = results(tmp_path)
-    assert after.complete
-    assert after.created == before.created
-    assert after.runs[0] == before.runs[0]
-    code, said = bench(*options, "--retry")
-    again = results(tmp_path)
-    assert again.runs[0] == before.runs[0]
-    assert again.runs[1].started > after.runs[1].started
-
-
-def test_a_failed_row_is_kept_until_its_second_try_begins(bench: Any, tmp_path: Path) -> None:
-    import fcntl
-
-    options = ("--backends", "broken,greedy", "--tiers", "matched", "--seeds", "0", "--held-out", "0")
-    bench(*options)
-    failed = results(tmp_path).runs
-    assert len(failed) == 2
-    with open(tmp_path / "machine.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert bench(*options, "--retry")[0] == 7
-    assert results(tmp_path).runs == failed
-    assert bench(*options, "--retry", "--dry-run")[1].count("to run") == 2
-    bench(*options, "--retry", "--session-limit", "0")
-    first, second = results(tmp_path).runs
-    assert first.started > failed[0].started
-    assert second == failed[1], "there was no time for it"
-
-
-def test_what_was_out_of_time_is_tried_again_only_with_a_longer_limit(bench: Any, tmp_path: Path) -> None:
-    options = ("--backends", "endless", "--tiers", "matched", "--seeds", "0", "--held-out", "0", "--retry")
-    started = []
-    for limit in ("2", "2", "3"):
-        bench(*options, "--time-limit", limit)
-        started.append(results(tmp_path).runs[0].started)
-    assert started[0] == started[1] < started[2]
-
-
-def test_settings_that_nothing_was_run_with_do_not_hold_the_folder(bench: Any, tmp_path: Path) -> None:
-    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0", "--held-out")
-    code, said = bench(*options, "20")
-    assert code == 4, said
-    code, said = bench(*options, "1")
-    assert code == 0, said
-    assert results(tmp_path).protocol.held_out == 1
-
-
-def test_a_score_that_was_cut_off_or_failed_is_left_to_do_and_said_to_be(
-    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0")
-
-    def fails(*arguments: Any) -> Any:
-        raise DataError("There is no checkpoint.")
-
-    def stops(*arguments: Any) -> Any:
-        raise Interrupted("Stopped.")
-
-    for does, expected in ((stops, 130), (fails, 0)):
-        with monkeypatch.context() as patch:
-            patch.setattr("loraport_bench.quality.run_to_end", does)
-            code, said = bench(*options)
-        assert code == expected, said
-        assert expected or "Not scored, the same command tries it again: There is no checkpoint." in said
-        told = results(tmp_path)
-        assert not told.complete
-        assert "Not scored yet; the same command goes on with that." in told.runs[0].notes
-    code, said = bench(*options)
-    assert code == 0, said
-    assert results(tmp_path).complete
-    assert results(tmp_path).runs[0].quality is not None
-    assert results(tmp_path).runs[0].started == told.runs[0].started
-
-
-def test_a_finished_bench_is_gathered_also_while_another_measures(bench: Any, tmp_path: Path) -> None:
-    import fcntl
-
-    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0")
-    bench(*options)
-    with open(tmp_path / "machine.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        code, said = bench(*options)
-    assert code == 0, said
-
-
-def test_a_loss_that_is_not_a_number_is_told_and_its_row_stays(
-    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from loraport_bench import quality
-
-    def scores(scorer: Any, spec: Any, files: list[Path]) -> Any:
-        nothing = Score(lora=None, losses=[1.0])
-        return {None: nothing} | {str(file): Score(lora=str(file), losses=[float("nan")]) for file in files}
-
-    monkeypatch.setattr(quality, "_run", scores)
-    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0")
-    for _ in range(2):
-        code, said = bench(*options)
-        assert code == 0, said
-    (run,) = results(tmp_path).runs
-    assert (run.status, run.quality) == ("ok", None)
-    assert any("is not a number" in note for note in run.notes)
-
-
-def test_a_bench_goes_on_with_a_longer_limit_for_what_was_out_of_time(bench: Any, tmp_path: Path) -> None:
-    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0", "--held-out", "0")
-    bench(*options, "--time-limit", "60")
-    code, said = bench(*options, "--time-limit", "90")
-    assert code == 0, said
-    assert "matched/spec/swift/0/0: there already" in said
-    assert results(tmp_path).protocol.time_limit_s == 90
-
-
-def test_another_spec_or_other_settings_are_refused_by_name_and_nothing_is_lost(
-    bench: Any, spec_file: Path, tmp_path: Path
-) -> None:
-    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0", "--held-out", "0")
-    bench(*options)
-    before = (tmp_path / "out" / "results.json").read_bytes()
-    code, said = bench(*options, "--repeats", "2")
-    assert code == 3
-    assert "repeats was 1 and is 2 now" in said
-    spec_file.write_text(spec_file.read_text().replace("rank: 4", "rank: 8"))
-    code, said = bench(*options)
-    assert code == 3
-    assert "the spec's lora.rank" in said
-    assert (tmp_path / "out" / "results.json").read_bytes() == before
-
-
 def test_the_recorded_command_tells_no_place_of_the_machine() -> None:
     given = ["bench", "/data/my specs/a.yaml", "-o", "/data/out", "--set", "model.checkpoint=/models/x", "rel/b.yaml"]
     told = shortened_command([*given, "--for", "a:dataset.path=c/d"], Path("/data/out"))
@@ -446,77 +293,6 @@ def test_a_field_can_be_set_for_one_trainer_alone(bench: Any, tmp_path: Path) ->
     assert options == {"swift": {"fast": True}, "steady": {}}
 
 
-def test_the_overhead_of_going_through_us_is_measured_once_for_each_trainer(bench: Any, tmp_path: Path) -> None:
-    code, said = bench("--backends", "swift", "--seeds", "0", "--held-out", "0", "--overhead", "--overhead-pairs", "2")
-    assert code == 0, said
-    first, second = results(tmp_path).runs
-    assert second.overhead is None
-    measured = first.overhead
-    assert measured is not None
-    assert measured.pairs == len(measured.step_shares) == len(measured.run_extras_s) == 2
-    assert min(measured.step_shares) <= measured.step_share <= max(measured.step_shares)
-    assert min(measured.run_extras_s) <= measured.run_extra_s <= max(measured.run_extras_s)
-    differences = [100 * share for share in sorted(measured.step_shares)]
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert f"{100 * measured.step_share:+.2f} % ({differences[0]:+.2f} – {differences[1]:+.2f})" in report
-    # On a machine with other work only roughly: a step waits 10 ms, whoever started it.
-    assert 0.01 <= measured.step_median_s < 0.05
-    assert abs(measured.step_share) < 0.5
-    assert abs(measured.run_extra_s) < 5
-    assert {"start", "train"} <= set(measured.phase_extras_s)
-    assert sum(measured.phase_extras_s.values()) == pytest.approx(statistics.fmean(measured.run_extras_s), abs=1e-2)
-
-
-def test_the_overhead_is_gone_on_with_pair_by_pair(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0", "--held-out", "0")
-    pairs, ran, by_hand = ("--overhead", "--overhead-pairs", "3"), [], overhead._by_hand
-
-    def counted(*arguments: Any) -> Any:
-        ran.append(len(ran))
-        if len(ran) == 2:
-            raise Interrupted("Stopped.")
-        return by_hand(*arguments)
-
-    monkeypatch.setattr(overhead, "_by_hand", counted)
-    code, said = bench(*options, *pairs, "--dry-run", "--time-limit", "3600", "--json")
-    assert json.loads(said)["at_most_s"] == 7 * 3600, "a row and three pairs"
-    code, said = bench(*options, *pairs)
-    assert code == Interrupted.exit_code, said
-    assert "swift/0/0: overhead to measure, about" in bench(*options, *pairs, "--dry-run")[1]
-    assert not results(tmp_path).complete
-    (row,) = results(tmp_path).runs
-    assert (row.status, row.overhead) == ("ok", None)
-
-    code, said = bench(*options, *pairs)
-    assert code == 0, said
-    assert len(ran) == 4, "the first pair is kept, and the second, which was cut off, is run again"
-    after = results(tmp_path)
-    assert after.complete
-    assert after.runs[0].started == row.started, "the row itself is not run again"
-    assert after.runs[0].overhead is not None
-    assert after.runs[0].overhead.pairs == 3
-    assert bench(*options, *pairs)[0] == 0
-    assert len(ran) == 4
-
-
-def test_an_overhead_that_cannot_be_measured_is_told_once(
-    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[int] = []
-
-    def fail(*arguments: Any) -> Any:
-        tried.append(1)
-        raise BackendError("The plan's command, started by hand, failed (9).")
-
-    monkeypatch.setattr(overhead, "_by_hand", fail)
-    for _ in range(2):
-        code, said = bench("--backends", "swift", "--seeds", "0", "--held-out", "0", "--overhead")
-        assert code == 0, said
-    assert len(tried) == 1
-    notes = [note for note in results(tmp_path).runs[0].notes if "overhead" in note]
-    assert notes == ["The overhead could not be measured: The plan's command, started by hand, failed (9)."]
-
-
 def test_one_run_at_a_time_is_measured_on_a_machine(bench: Any, tmp_path: Path) -> None:
     import fcntl
 
@@ -527,36 +303,6 @@ def test_one_run_at_a_time_is_measured_on_a_machine(bench: Any, tmp_path: Path) 
         code, said = bench("--backends", "swift", "--tiers", "matched", "--seeds", "0")
     assert code == 7
     assert "measuring already (process 1, row x)" in said
-
-
-def test_a_killed_bench_leaves_no_trainer_and_is_gone_on_with(bench: Any, spec_file: Path, tmp_path: Path) -> None:
-    options = ("--backends", "endless", "--tiers", "matched", "--seeds", "0", "--steps", "6", "--warm-up", "2")
-    command = [
-        sys.executable,
-        "-m",
-        "loraport.cli.main",
-        "bench",
-        str(spec_file),
-        "-o",
-        str(tmp_path / "out"),
-        *options,
-    ]
-    child_file = tmp_path / "out" / "rows" / "matched-spec-endless-0-0" / "child.pid"
-    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 60
-        while not (child_file.exists() and child_file.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        child = int(child_file.read_text())
-        os.kill(process.pid, number)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == code, said
-        while psutil.pid_exists(child) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not psutil.pid_exists(child)
-        assert not (tmp_path / "out" / "rows" / "matched-spec-endless-0-0" / "run.json").exists()
-        child_file.unlink(missing_ok=True)
-        assert number != signal.SIGINT or "goes on" in said
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
+from bench_results import results
 
-from loraport_bench.records import Results
 from loraport_bench.schedule import part_of, schedule
 from loraport_bench.settings import Settings
 
@@ -27,7 +27,7 @@ def test_submitit_runs_a_job_for_each_backend_profile_and_seed_and_the_rows_are_
     code, said = bench(*options, "--on", "local", "--job", "timeout_min=5")
     assert code == 0, said
     assert said.count(": done") == 2
-    told = Results.read(tmp_path / "out" / "results.json")
+    told = results(tmp_path)
     assert told.complete
     assert {run.backend: run.status for run in told.runs} == {"swift": "ok", "broken": "failed"}
     code, said = bench(*options, "--on", "local")
@@ -67,7 +67,7 @@ def test_a_bench_goes_through_slurm_with_the_cards_and_the_time_that_its_rows_ne
     options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0,1", "--time-limit", "1200", "--held-out", "0")
     code, said = bench(*options, "--on", "slurm", "--job", "slurm_partition=gpu")
     assert code == 0, said
-    told = Results.read(tmp_path / "out" / "results.json")
+    told = results(tmp_path)
     assert [run.status for run in told.runs] == ["ok", "ok"]
     first, second = sorted((tmp_path / "slurm").glob("*.sbatch"))
     for line in ("--partition=gpu", "--gpus-per-node=1", "--time=35", "--job-name=bench-swift-spec-0"):
@@ -90,11 +90,11 @@ def test_shares_by_hand_are_disjoint_and_the_last_one_to_come_gathers_them(bench
     options = ("--backends", "swift,steady", "--tiers", "matched", "--seeds", "0")
     code, said = bench(*options, "--part", "2/2")
     assert code == 0, said
-    first = Results.read(tmp_path / "out" / "results.json")
+    first = results(tmp_path)
     assert [run.backend for run in first.runs] == ["steady"]
     assert not first.complete
     code, said = bench(*options, "--part", "1/2")
-    told = Results.read(tmp_path / "out" / "results.json")
+    told = results(tmp_path)
     assert [run.backend for run in told.runs] == ["swift", "steady"]
     assert told.complete
     assert all(run.quality for run in told.runs)

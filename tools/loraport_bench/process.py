@@ -113,22 +113,26 @@ def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> tuple[
     """Run a command that nobody watches; its exit code, output and errors. It ends with this process, and with what
     asks this process to stop, which raises Interrupted."""
     with stops_raise():
-        process = subprocess.Popen(
-            list(command),
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=dies_with_us if sys.platform == "linux" else None,
-        )
+        process = _started(command, environment, subprocess.PIPE)
         try:
             output, said = process.communicate()
         except BaseException:
             end(process)
             raise
     return process.returncode, output, said
+
+
+def _started(command: Sequence[str], environment: Mapping[str, str], stdout: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        list(command),
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=dies_with_us if sys.platform == "linux" else None,
+    )
 
 
 class Running:
@@ -144,16 +148,7 @@ class Running:
         called."""
         with self._lock:
             self._go_on()
-            process = subprocess.Popen(
-                list(command),
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-                preexec_fn=dies_with_us if sys.platform == "linux" else None,
-            )
+            process = _started(command, environment, subprocess.DEVNULL)
             self._processes.add(process)
         try:
             _, said = process.communicate()

@@ -132,7 +132,10 @@ def started(command: list[str], run_dir: Path) -> subprocess.Popen[bytes]:
 
 
 def test_asked_to_stop_it_asks_diffsynth_and_says_that_it_was_stopped(prepared) -> None:
-    body = "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\npathlib.Path('ready').touch()\ntime.sleep(60)"
+    body = (
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\npathlib.Path('ready').touch()\n"
+        "while True: time.sleep(0.01)"
+    )
     command, run_dir = prepared(body)
     process = started(command, run_dir)
     process.send_signal(signal.SIGTERM)

@@ -87,7 +87,8 @@ def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_i_interrupts_the_group_and_lets_it_end(guarded: Callable[..., Guarded]) -> None:
     guard = guarded(
-        "import time\ntry:\n print('up', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: raise SystemExit(9)"
+        "import time\ntry:\n print('up', flush=True)\n while True: time.sleep(0.01)\n"
+        "except KeyboardInterrupt: raise SystemExit(9)"
     )
     assert guard.line() == "up"
     os.write(guard.orders, b"i")
@@ -114,7 +115,8 @@ def test_without_a_parent_the_trainer_is_asked_then_killed(
     guarded: Callable[..., Guarded], survivors: Callable[[], list[str]]
 ) -> None:
     polite = guarded(
-        "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(7))\nprint('up', flush=True)\ntime.sleep(60)",
+        "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(7))\nprint('up', flush=True)\n"
+        "while True: time.sleep(0.01)  # a signal that comes just before a long sleep is not heard in it",
         60,
     )
     stubborn = guarded(IGNORE + "import time; print('up', flush=True); time.sleep(60)", 0.3)

@@ -31,17 +31,19 @@ class Card:
 
 def cards() -> list[Card]:
     """The NVIDIA cards that CUDA_VISIBLE_DEVICES names, in its order, or all of this machine, in the driver's; none
-    without an NVIDIA driver. A trainer counts them alike: it is started with CUDA_DEVICE_ORDER=PCI_BUS_ID."""
+    without an NVIDIA driver. A trainer counts them alike: it is started with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+
+    The cards stay open until this process ends. A driver without persistence takes a card down when nobody has it open
+    any more, and to bring it up again takes seconds, which the trainer that is started next would wait once more
+    (https://docs.nvidia.com/deploy/driver-persistence/overview.html).
+    """
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []
-    try:
-        return [card for card in map(_card, _visible(pynvml.nvmlDeviceGetCount())) if card is not None]
-    finally:
-        pynvml.nvmlShutdown()
+    return [card for card in map(_card, _visible(pynvml.nvmlDeviceGetCount())) if card is not None]
 
 
 def cards_for(spec: TrainSpec) -> list[Card]:

@@ -121,6 +121,7 @@ def test_a_sky_task_gives_every_node_its_share_and_takes_the_rows_to_a_bucket(be
     assert "--set dataset.path=~/bench-input/images --set model.checkpoint=~/bench-input/checkpoint" in given
     assert given.endswith("--part $((SKYPILOT_NODE_RANK + 1))/$SKYPILOT_NUM_NODES -o ~/bench")
     assert "loraport backends install steady" in task["setup"]
+    assert task["run"].count("~/bench/data ") == 1, "with the images, by which the rows are known to be of this bench"
 
 
 def test_a_sky_task_takes_every_set_of_images_along(bench: Any, spec_file: Path, tmp_path: Path) -> None:

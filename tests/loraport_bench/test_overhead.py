@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from bench_results import results
 
 from loraport.errors import BackendError, Interrupted
 from loraport_bench import overhead
+from loraport_bench.records import Results
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
 
@@ -85,3 +87,17 @@ def test_an_overhead_that_cannot_be_measured_is_told_once(
     assert len(tried) == 1
     notes = [note for note in results(tmp_path).runs[0].notes if "overhead" in note]
     assert notes == ["The overhead could not be measured: The plan's command, started by hand, failed (9)."]
+
+
+def test_of_shares_in_folders_of_their_own_one_measures_the_overhead(bench: Any, tmp_path: Path) -> None:
+    options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0,1", "--held-out", "0")
+    pairs = ("--overhead", "--overhead-pairs", "1")
+    for share in ("1/2", "2/2"):
+        code, said = bench(*options, *pairs, "--part", share, "-o", str(tmp_path / f"share-{share[0]}"))
+        assert code == 0, said
+    rows = [Results.read(tmp_path / f"share-{number}" / "results.json").runs for number in (1, 2)]
+    assert [[run.seed for run in runs] for runs in rows] == [[0], [1]]
+    assert [runs[0].overhead is not None for runs in rows] == [True, False]
+    shutil.copytree(tmp_path / "share-2" / "rows", tmp_path / "share-1" / "rows", dirs_exist_ok=True)
+    assert bench(*options, *pairs, "-o", str(tmp_path / "share-1"))[0] == 0
+    assert Results.read(tmp_path / "share-1" / "results.json").complete

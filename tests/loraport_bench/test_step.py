@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from loraport.cli.main import build_app
 from loraport.errors import DataError
 from loraport_bench import rows, table
+from loraport_bench.idle import alone_on_machine
 from loraport_bench.rows import Bar, Row
 
 MEMORY = {"quantize": "none", "offload": "none", "compile": "none", "gradient_checkpointing": True}
@@ -109,6 +110,13 @@ def test_runs_whose_time_is_measured_share_no_card(project: Path) -> None:
     code, said = bench(project, "--gpus", "2")
     assert code == 3
     assert "--quality" in said
+
+
+def test_a_machine_that_measures_already_is_left_alone(project: Path, tmp_path: Path) -> None:
+    with alone_on_machine("somebody's bench", wait=False):
+        code, said = bench(project, "--rows", "bf16")
+    assert code == 7
+    assert "somebody's bench" in said
 
 
 def test_captions_get_exactly_the_length_asked_for(project: Path) -> None:

@@ -25,6 +25,7 @@ from loraport.spec.models import TrainSpec
 from loraport_bench import RESULTS
 from loraport_bench import records as r
 from loraport_bench.equal_work import with_differences
+from loraport_bench.foreign import refuse_foreign
 from loraport_bench.idle import alone_on_machine
 from loraport_bench.images import Staged, planned, stage_images
 from loraport_bench.overhead import measure_overhead
@@ -64,9 +65,13 @@ class Bench:
     # -- what is there ------------------------------------------------------------------------------------------
 
     def stage(self) -> Staged:
-        """The images, staged once."""
+        """The images, staged once. Raises DataError when a row that is there is of others, or of other work."""
         family = check_family(self.spec, plugins().families())
-        return stage_images(self.spec, self.settings.held_out, family, self.folder / "data")
+        staged, done = stage_images(self.spec, self.settings.held_out, family, self.folder / "data"), self.done()
+        for job in self.jobs:
+            if job.key in done:
+                refuse_foreign(job, done[job.key], self.plan(job, staged), staged.sha256, self.machinery)
+        return staged
 
     def check(self) -> None:
         """Make every plan, which writes nothing. Raises SpecError when what was asked for is no valid spec."""
@@ -157,7 +162,7 @@ class Bench:
         """Run one row, whose lock is held."""
         expected = expected_seconds(job, self.done().values())
         self.tell(f"{job.key} …" + (f" (about {expected:.0f} s)" if expected else ""))
-        run = run_row(job, self.plan(job, staged), self.machinery)
+        run = run_row(job, self.plan(job, staged), self.machinery, staged.sha256)
         self.tell(f"{job.key}: {summary(run)}")
 
     def score(self, jobs: list[Job]) -> None:
@@ -282,10 +287,14 @@ class Bench:
         return self.settings.held_out > 0 and (self.machinery.row_folder(job) / TO_SCORE).exists()
 
     def _lacks_overhead(self, job: Job, done: dict[str, r.Run]) -> bool:
-        """Whether what LoraPort costs is still to be measured on this row: on the first good one of its backend."""
+        """Whether what LoraPort costs is still to be measured on this row: on the first good one of its backend.
+        A share with a folder of its own leaves that to the one that has the backend's first row."""
+        first = next(each.key for each in self.jobs if each.backend == job.backend)
         of_backend = [run for run in done.values() if run.backend == job.backend and run.status == "ok"]
+        if not self.settings.overhead_pairs or first not in done or not of_backend:
+            return False
         tried = any(run.overhead or _NO_OVERHEAD in " ".join(run.notes) for run in of_backend)
-        return bool(self.settings.overhead_pairs and not tried and of_backend and of_backend[0].key == job.key)
+        return not tried and of_backend[0].key == job.key
 
     def _add_overhead(self, job: Job, staged: Staged) -> None:
         """Measure what LoraPort costs, and write it into the row's record."""

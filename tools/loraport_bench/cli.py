@@ -11,7 +11,7 @@ import typer
 
 from loraport.cli.options import AsJson
 from loraport_bench.report_cli import compare, report
-from loraport_bench.run_cli import SpecOrCommand, run
+from loraport_bench.run_cli import SpecOrCommand, need_psutil, run
 
 if TYPE_CHECKING:
     from loraport_bench.results import DataFile
@@ -59,6 +59,7 @@ def step(
     again: Annotated[
         bool, typer.Option("--again", help="Run rows anew that the file holds; the newest counts.")
     ] = False,
+    wait: Annotated[bool, typer.Option("--queue", help="Wait while another bench measures on this machine.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a training step under each memory profile: seconds, memory, distance to diffusers' recipe and the floor.
@@ -66,8 +67,10 @@ def step(
     Each row is a real `loraport train` of its own; docs/benchmarks says what is measured how. A session that was cut
     off goes on where it was when the same command is given again.
     """
+    need_psutil()
     from loraport.errors import SpecError
     from loraport_bench.data import make_checkpoint, photographs, work_folder
+    from loraport_bench.idle import alone_on_machine
     from loraport_bench.measure import Bench, with_limit
     from loraport_bench.results import DataFile
     from loraport_bench.rows import QUALITY_ROWS, ROWS, select
@@ -94,10 +97,11 @@ def step(
     bench = Bench(model, source, place, steps or (QUALITY_STEPS if quality else STEPS), 0 if quality else warm_up)
     session = Session(bench, file, tell, again, _options(names, steps, warm_up, limit_memory, quality, seeds))
     chosen = [with_limit(row, limit_memory) for row in chosen]
-    if quality:
-        session.quality(chosen, numbers, at_once)
-    else:
-        session.steps(chosen)
+    with alone_on_machine(f"loraport bench step for {out}", wait):
+        if quality:
+            session.quality(chosen, numbers, at_once)
+        else:
+            session.steps(chosen)
     _print(file, as_json)
 
 

@@ -176,12 +176,13 @@ def write_sky(file: Path, spec_file: Path, bench: Bench, options: list[str]) -> 
         )
         + "\n",
         "run": f"{command} --part $((SKYPILOT_NODE_RANK + 1))/$SKYPILOT_NUM_NODES -o ~/bench\n"
-        "mkdir -p ~/bench-output/rows && cp -r ~/bench/rows/. ~/bench-output/rows/\n",
+        "mkdir -p ~/bench-output/rows && cp -r ~/bench/rows/. ~/bench-output/rows/\n"
+        '[ "$SKYPILOT_NODE_RANK" != 0 ] || cp -r ~/bench/data ~/bench-output/\n',
     }
     head = (
         "# Choose the accelerator under `resources`, then, in LoraPort's source folder:\n"
         "#   sky launch THIS_FILE --env RESULTS_BUCKET=a-name --secret HF_TOKEN\n"
-        "# Then copy the bucket's `rows` into the bench's folder here and give the command without --write-sky: it\n"
-        "# finds every row there and writes the results.\n"
+        "# Then copy the bucket's `rows` and `data` into the bench's folder here and give the command without\n"
+        "# --write-sky: it finds every row there and writes the results.\n"
     )
     write_atomic(file, head + dump_yaml(task))

@@ -260,6 +260,7 @@ class Run(Data):
     seed: int = Field(ge=0, description="`train.seed`.")
     status: Status = Field(description="How it ended.")
     failure: Failure | None = Field(None, description="Why, when it isn't `ok`.")
+    images_sha256: str | None = Field(None, description="Of the staged images and captions. Null in early records.")
     started: AwareDatetime = Field(description="UTC.")
     total_s: float = Field(ge=0, description="Wall time of the whole command.")
     machine: Machine | None = Field(None, description="Null for a row that was refused.")

@@ -63,13 +63,14 @@ class Machinery:
         return self.folder / "rows" / job.folder
 
 
-def run_row(job: Job, made: Plan | LoraPortError, machinery: Machinery) -> r.Run:
-    """Train a row and write its record to its folder. A failure is a record too; only Interrupted, a busy card and a
-    folder that cannot be written are raised."""
+def run_row(job: Job, made: Plan | LoraPortError, machinery: Machinery, images_sha256: str) -> r.Run:
+    """Train a row and write its record to its folder, with the sum of the staged images. A failure is a record too;
+    only Interrupted, a busy card and a folder that cannot be written are raised."""
     folder = machinery.row_folder(job)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     run = _refusal(job, made, machinery) or _trained(job, _plan_of(made), machinery, folder)
+    run = run.model_copy(update={"images_sha256": images_sha256})
     write_atomic(folder / RECORD, run.model_dump_json() + "\n")
     return run
 

@@ -108,7 +108,7 @@ def run(
     A bench that was cut off goes on where it was when the same command is given again. docs/bench.md says what is
     measured how.
     """
-    _need_psutil()
+    need_psutil()
     from loraport.cli.options import read_spec
     from loraport_bench.bench import Bench, shortened_command
     from loraport_bench.process import stops_raise
@@ -116,6 +116,7 @@ def run(
     from loraport_bench.schedule import part_of
     from loraport_bench.tiers import refuse_options
 
+    _refuse_unread(context.params)
     given = read_spec(spec, overrides)
     refuse_options("--set", given.model_dump(mode="json"), overrides or [], batches=batches is not None)
     settings = _settings(
@@ -170,6 +171,31 @@ def run(
         if bench.done():
             bench.gather()
     _finish(bench, problems, as_json)
+
+
+def _refuse_unread(params: dict[str, Any]) -> None:
+    """Raise SpecError for an option that this command would read in vain, for want of another one or beside it."""
+    from loraport.errors import SpecError
+
+    given = {name for name, value in params.items() if value}
+    beside = "--write-sky writes a task and does no more"
+    for unread, option, why in (
+        ("job" in given and "on" not in given, "job", "it is for the cluster that --on names"),
+        (
+            "card" in given and "best-effort" not in _list(params["tiers"]),
+            "card",
+            "it is for the best-effort tier, and --tiers leaves that out",
+        ),
+        (
+            params["session_limit"] is not None and "on" in given,
+            "session-limit",
+            "it is for a session on this machine; with --on, give jobs their time by --job timeout_min=MINUTES",
+        ),
+        *(("write_sky" in given and name in given, name, beside) for name in ("on", "part", "dry_run")),
+        ("write_sky" in given and "as_json" in given, "json", beside),
+    ):
+        if unread:
+            raise SpecError(f"--{option.replace('_', '-')} would do nothing here: {why}.")
 
 
 def _finish(bench: Bench, problems: list[str], as_json: bool) -> None:
@@ -326,7 +352,8 @@ def _tell(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _need_psutil() -> None:
+def need_psutil() -> None:
+    """Raise BackendError where psutil, with which everything here is measured, is not installed."""
     import importlib.util
 
     from loraport.errors import BackendError

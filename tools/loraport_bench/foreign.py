@@ -1,0 +1,35 @@
+"""Rows in a bench's folder that are not of it: copied from another, or trained on images that were changed since."""
+
+from __future__ import annotations
+
+from loraport.errors import DataError
+from loraport.planning import Plan
+from loraport_bench.compare import WORK, differing, settings_of
+from loraport_bench.records import Run
+from loraport_bench.row import Machinery, configuration
+from loraport_bench.schedule import Job
+
+
+def refuse_foreign(job: Job, run: Run, made: Plan | object, images_sha256: str, machinery: Machinery) -> None:
+    """Raise DataError when the record of a job is of other work than its plan here, or of other images.
+
+    What only the machine decides, such as memory settings for its card, is not looked at: rows come from several. What
+    an earlier version recorded has no images_sha256.
+    """
+    reasons = []
+    if run.images_sha256 not in (None, images_sha256):
+        reasons.append("its images or captions are not those that are staged here now")
+    if (recorded := settings_of([run])) is not None and isinstance(made, Plan):
+        planned = settings_of([run.model_copy(update={"configuration": configuration(made, machinery.folder)})])
+        assert planned is not None
+        reasons += [
+            f"{path} is {there!r} in it, and {here!r} here"
+            for path, (there, here) in differing(recorded, planned).items()
+            if path.startswith(WORK)
+        ]
+    if reasons:
+        raise DataError(
+            f"{machinery.row_folder(job)} is of another bench: {'; '.join(reasons)}.",
+            hint="Take it away, and the row is run here; or give the spec and options that it was measured with. Of "
+            "rows from another machine, copy its folder `data` as well.",
+        )

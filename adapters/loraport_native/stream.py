@@ -132,6 +132,9 @@ class Disk:
 
     def expect(self, number: int) -> None:
         if number not in self.reading:
+            # One that was expected in a pass that ended before it loses its place; should it come, it is read anew.
+            for other in [other for other in self.reading if other % self.ring == number % self.ring]:
+                del self.reading[other]
             self.reading[number] = self.reader.submit(self._read, number)
 
     def read(self, number: int) -> Tensor:

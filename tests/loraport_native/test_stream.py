@@ -11,7 +11,7 @@ from tiny_steps import CPU, PATTERNS, model_with, step
 
 from loraport_native.lora import Adapter, write_adapter
 from loraport_native.models.ideogram4 import Ideogram4
-from loraport_native.stream import Host, HostMemory, Stream
+from loraport_native.stream import Disk, Host, HostMemory, Stream
 
 
 @pytest.mark.parametrize("storage", ["none", "fp8", "int8", "nf4"])
@@ -193,6 +193,20 @@ def test_more_blocks_are_ahead_upwards_until_few_are_left() -> None:
     downwards = [held(number, False) for number in reversed(range(8))]
     assert [len(blocks) for blocks in downwards] == [2, 2, 2, 2, 2, 2, 3, 3]
     assert copies == [0, 1, 2, 3, 4, 5, 6, 7, 5, 4, 3, 2, 1, 0], "each once a pass, and none twice at the turn"
+
+
+def test_blocks_come_whole_from_disk_where_a_backward_pass_ends_before_it_reaches_the_first(tmp_path: Path) -> None:
+    stream = Stream(Disk(CPU, tmp_path), CPU)
+    blocks = [torch.nn.Linear(8, 8).requires_grad_(False) for _ in range(8)]
+    weights = [block.weight.clone() for block in blocks]
+    for number, block in enumerate(blocks):
+        stream.take(number, block)
+    trained = range(5, 8)  # with an adapter on the last blocks alone nothing asks for the others' gradients
+    for _ in range(2):
+        for upwards, passed in ((True, range(8)), (False, reversed(trained))):
+            for number in passed:
+                stream.arrive(number, upwards)
+                assert torch.equal(blocks[number].weight, weights[number])
 
 
 def test_a_block_that_waits_at_the_source_takes_no_memory_of_the_device(tiny_official: Path) -> None:

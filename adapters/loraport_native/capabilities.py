@@ -173,12 +173,18 @@ def _train(table: VerdictTable) -> None:
 
 
 def _memory(table: VerdictTable) -> None:
-    memory = table.spec.memory
+    memory, on_mps = table.spec.memory, table.spec.backend.options.get("device") == "mps"
     table.exact("memory.profile", "memory.quantize", reason="already filled into the fields below")
-    table.exact("memory.storage", reason="the blocks' frozen weights; the layers around them keep model.dtype")
+    if on_mps and memory.storage != "none":
+        table.refused("memory.storage", reason="quantised weights need CUDA or a CPU: on MPS set it to none")
+    else:
+        table.exact("memory.storage", reason="the blocks' frozen weights; the layers around them keep model.dtype")
     _choose(table, "memory.compute", {name: _COMPUTE[name] for name in _COMPUTES[memory.storage or "none"]})
     table.exact("memory.text_encoder", reason="the text encoder's blocks, while captions are encoded; then it is freed")
-    _choose(table, "memory.offload", _OFFLOAD)
+    if on_mps and memory.offload != "none":
+        table.refused("memory.offload", reason="blocks are streamed to a CUDA card only: on MPS set it to none")
+    else:
+        _choose(table, "memory.offload", _OFFLOAD)
     if memory.compile == "full" and memory.offload != "none":
         table.refused(
             "memory.compile",

@@ -81,6 +81,16 @@ INCOMPATIBLE: dict[str, tuple[dict[str, Any], str, str]] = {
         f"{offload} in one graph": ({"memory": {"offload": offload, "compile": "full"}}, "memory.compile", "regional")
         for offload in ("group", "group+activations", "disk")
     },
+    "streams off CUDA": (
+        {"memory": {"offload": "group"}, "backend": {"options": {"device": "mps"}}},
+        "memory.offload",
+        "CUDA card only",
+    ),
+    "fewer bits on MPS": (
+        {"memory": {"storage": "fp8"}, "backend": {"options": {"device": "mps"}}},
+        "memory.storage",
+        "need CUDA or a CPU",
+    ),
 }
 
 

@@ -19,6 +19,8 @@ SCALED_MM = "SIMPLETUNER_IDEOGRAM_FP8_SCALED_MM"
 #: How a text encoder that is not stored quantised is quantised.
 _TEXT_ENCODER = {"none": "no_change", "fp8": "fp8wo-torchao", "int8": "int8-torchao"}
 _COMPUTES = {"none": ["model"], "fp8": ["model", "fp8"], "int8": ["model", "int8"], "nf4": ["model"]}
+#: Modes of torch.compile that record CUDA graphs (`torch._inductor.list_mode_options`).
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 #: Every second block is recomputed where the spec says selective.
 _SELECTIVE_INTERVAL = 2
 
@@ -101,15 +103,15 @@ def conflict(spec: TrainSpec) -> str | None:
             "base_model_precision: nf4-bnb quantises nothing of Ideogram: set memory.quantize: nf4 and "
             f"model.checkpoint: {mapping.OFFICIAL['nf4']}"
         )
-    if "quanto" in precision and spec.memory.offload != "none":
+    if "quanto" in precision and (spec.memory.offload != "none" or config.get("enable_group_offload")):
+        moved = "enable_group_offload" if spec.memory.offload == "none" else f"memory.offload: {spec.memory.offload}"
         return (
-            f"base_model_precision: {precision} with memory.offload: {spec.memory.offload}: quanto's weights cannot be "
-            "moved by group offloading; leave it out and set memory.quantize"
+            f"base_model_precision: {precision} with {moved}: quanto's weights cannot be moved by group offloading; "
+            "leave it out and set memory.quantize"
         )
-    if config.get("dynamo_mode") == "reduce-overhead" and spec.lora.type == "lora":
-        return (
-            "dynamo_mode: reduce-overhead records CUDA graphs, whose memory PEFT's LoRA layers overwrite: leave it out"
-        )
+    mode = config.get("dynamo_mode")
+    if mode in _CUDA_GRAPHS and spec.lora.type == "lora":
+        return f"dynamo_mode: {mode} records CUDA graphs, whose memory PEFT's LoRA layers overwrite: leave it out"
     for key in ("musubi_blocks_to_swap", "ramtorch"):
         if config.get(key):
             return f"{key}: SimpleTuner's Ideogram transformer has none, and blocks left on the CPU end the run"

@@ -99,11 +99,26 @@ INCOMPATIBLE: dict[str, tuple[dict[str, Any], str, str]] = {
         "backend.options",
         "quanto's weights cannot be moved",
     ),
-    "reduce-overhead with PEFT's LoRA": (
-        {"backend": {"options": {"config": {"dynamo_mode": "reduce-overhead"}}}},
+    "quanto with group offload by SimpleTuner's own key": (
+        {
+            "backend": {
+                "options": {
+                    "version": "4.8.0",
+                    "config": {"base_model_precision": "int8-quanto", "enable_group_offload": True},
+                }
+            }
+        },
         "backend.options",
-        "CUDA graphs",
+        "with enable_group_offload: quanto's weights cannot be moved",
     ),
+    **{
+        f"{mode} with PEFT's LoRA": (
+            {"backend": {"options": {"config": {"dynamo_mode": mode}}}},
+            "backend.options",
+            f"{mode} records CUDA graphs",
+        )
+        for mode in ("reduce-overhead", "max-autotune")
+    },
     "block swap": ({"backend": {"options": {"config": {"musubi_blocks_to_swap": 20}}}}, "backend.options", "has none"),
     "RamTorch": ({"backend": {"options": {"config": {"ramtorch": True}}}}, "backend.options", "has none"),
 }

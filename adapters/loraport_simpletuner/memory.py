@@ -77,7 +77,12 @@ def judge(table: VerdictTable) -> None:
     _compute(table)
     _text_encoder(table)
     _offload(table)
-    table.exact("memory.compile", reason="dynamo_backend, with dynamo_use_regional_compilation for regional")
+    table.choose(
+        "memory.compile",
+        ["none", "regional", "full"],
+        "dynamo_backend, with dynamo_use_regional_compilation for regional",
+        "choose one of these",
+    )
     checkpointing = table.spec.memory.gradient_checkpointing
     if checkpointing in ("none", "full"):
         table.exact("memory.gradient_checkpointing", reason="gradient_checkpointing: every block, or none")

@@ -134,6 +134,13 @@ def test_what_does_not_go_together_is_refused_with_the_reason(
     assert translate(spec, Context(Path("/runs/a"))).files == {}
 
 
+def test_a_way_of_compiling_that_somebody_added_is_not_taken_for_its_own(make_spec: Any) -> None:
+    spec = make_spec()
+    spec = spec.model_copy(update={"memory": spec.memory.model_copy(update={"compile": "layers"})})
+    refused = {verdict.path: verdict.reason for verdict in verdicts(spec) if verdict.kind is Kind.REFUSED}
+    assert "only none, regional, full" in refused["memory.compile"]
+
+
 def test_lycoris_may_run_under_cuda_graphs(make_spec: Any) -> None:
     spec = make_spec(lora={"type": "lokr"}, backend={"options": {"config": {"dynamo_mode": "reduce-overhead"}}})
     assert not any(verdict.kind is Kind.REFUSED for verdict in verdicts(spec))

@@ -36,7 +36,7 @@ def add_commands(cli: typer.Typer) -> None:
             typer.echo(json.dumps([_plain(profile, forecasts) for profile in found], indent=2, ensure_ascii=False))
             return
         _show([profile for profile in found if profile.kind != "hardware"])
-        _show_hardware([profile for profile in found if profile.kind == "hardware"], forecasts)
+        _show_hardware([profile for profile in found if profile.kind == "hardware"], forecasts, _of_this_machine(known))
 
     @cli.command("plugins")
     def list_plugins() -> None:
@@ -74,10 +74,23 @@ def _show(profiles: list[Profile]) -> None:
     Console().print(table, highlight=False)
 
 
-def _show_hardware(profiles: list[Profile], forecasts: dict[str, Forecast | None]) -> None:
-    """A table of the hardware profiles, with peaks in GiB."""
+def _of_this_machine(known: Mapping[tuple[str, str], Profile]) -> str:
+    """What `auto` stands for here."""
+    from loraport.gpu import cards, profile_for
+
+    found = cards()
+    if not found:
+        return "the one for this machine's card, which has none that can be asked"
+    profile = profile_for(found[0].memory_gib, known)
+    return f"the one for this machine's card: {profile.name if profile else 'none'}, for {found[0].name}"
+
+
+def _show_hardware(profiles: list[Profile], forecasts: dict[str, Forecast | None], auto: str) -> None:
+    """A table of the hardware profiles, with peaks in GiB, and what `auto` is."""
     from rich.console import Console
     from rich.table import Table
+
+    from loraport.profiles import AUTO
 
     table = Table(show_edge=False, pad_edge=False, box=None, padding=(0, 2, 0, 0))
     table.add_column("\nmemory.profile:", no_wrap=True)
@@ -95,6 +108,7 @@ def _show_hardware(profiles: list[Profile], forecasts: dict[str, Forecast | None
             "\n".join(f"{row.step_s:.2f}" for row in measured) or "–",
             "\n".join(_where(row, profile) for row in measured),
         )
+    table.add_row(f"  {AUTO}", auto)
     console = Console()
     console.print(table, highlight=False)
     console.print(

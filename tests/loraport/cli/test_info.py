@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 
 import loraport.cli.main
 import loraport.plugins
+from loraport import gpu
 from loraport.cli.main import build_app
+from loraport.gpu import Card
 from loraport.plugins import GROUP, Plugins, plugins
 
 
@@ -60,6 +62,23 @@ def test_a_hardware_profile_stands_beside_what_it_is_predicted_and_was_measured_
     # Both are rounded, to one digit and to two.
     shown = lines[index].partition("batch 1")[2].split()[0]
     assert float(shown) == pytest.approx(told["predicted"]["peak_gib"], abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("cards", "says"),
+    [
+        ([], "has none that can be asked"),
+        ([Card("Small", 3.9, (8, 6))], "none, for Small"),
+        ([Card("Large", 23.6, (8, 6)), Card("Other", 7.6, (8, 9))], "24gb, for Large"),
+    ],
+)
+def test_auto_stands_among_the_profiles_with_the_one_that_it_is_here(
+    monkeypatch: pytest.MonkeyPatch, cards: list[Card], says: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.setattr(gpu, "cards", lambda: cards)
+    (line,) = [line for line in run("profiles")[0].splitlines() if line.startswith("  auto ")]
+    assert line.rstrip().endswith(says)
 
 
 def test_a_measurement_that_the_profiles_own_card_has_no_room_for_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:

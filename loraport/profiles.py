@@ -236,6 +236,8 @@ def _read_profile(kind: ProfileKind, file: Traversable) -> Profile:
             raise SpecError(unknown(f"{file}:", key, _KEYS))
         if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
             raise SpecError(f"{file}: {key}: {_TYPES[_KEYS[key]]} belongs here, not {value!r}.")
+        if key == "card_gib" and value < 1:
+            raise SpecError(f"{file}: {key}: a whole number from 1 up belongs here, not {value!r}.")
     if "description" not in content:
         raise SpecError(f"{file}: description: needed, but not there.")
     name = file.name.rsplit(".", 1)[0]

@@ -47,7 +47,7 @@ def evaluate(spec: TrainSpec, loras: list[Path]) -> None:
         torch.cuda.set_device(device)
     checkpoint = find_checkpoint(spec.model.checkpoint, spec.model.revision, unconditional=False)
     data = prepare(spec, checkpoint, device, dtype, lambda event: None)
-    model, stream = load_placed(checkpoint, spec.memory, dtype, device)
+    model, stream = load_placed(checkpoint, spec.memory, dtype, device, trains=False)
     model.drop_text_projection()
     model.requires_grad_(False)
     model.eval()

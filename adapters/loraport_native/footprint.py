@@ -176,7 +176,7 @@ class Run:
         pixels = sample.width * sample.height
         terms = self._always()
         if sample.guidance != 1:
-            second = self._frozen() + of.text_features * of.width * self.number
+            second = self._frozen(trains=False) + of.text_features * of.width * self.number
             terms["unconditional transformer"] = second
         tokens = self.text_tokens + pixels // (self.resolution**2 // self.image_tokens)
         forward = FORWARD * tokens * of.width * self.number
@@ -227,17 +227,17 @@ class Run:
             "libraries": LIBRARIES_GIB * GIB,
         }
 
-    def _frozen(self) -> float:
+    def _frozen(self, trains: bool = True) -> float:
         """Bytes of the blocks on the device, as they are stored, and of the layers around them."""
-        of, block = self.dimensions, self.block_bytes()
+        of, block = self.dimensions, self.block_bytes(trains)
         count = of.blocks if self.spec.memory.offload == "none" else min(of.blocks, SLOTS)
         return count * block + of.other_parameters * self.number
 
-    def block_bytes(self) -> float:
-        """Bytes of a block as it is stored."""
+    def block_bytes(self, trains: bool = True) -> float:
+        """Bytes of a block as it is stored: with what a backward pass wants of it, unless it only draws."""
         of, storage = self.dimensions, self.spec.memory.storage
         block = of.block_parameters * _stored_bytes(storage, self.number)
-        if self._keeps_columns():
+        if trains and self._keeps_columns():
             block *= 2
         if storage in ("fp8", "int8"):
             block += 4 * sum(rows for rows, _ in of.block_linears.values())

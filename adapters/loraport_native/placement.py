@@ -20,10 +20,12 @@ def load_placed(
     dtype: torch.dtype,
     device: torch.device,
     part: str = "transformer",
+    trains: bool = True,
 ) -> tuple[Ideogram4, Stream | None]:
     """Load a transformer block by block: each is quantised, and put where it waits, before the next one is read.
 
-    The stream, if there is one, is still to be attached, outside of whatever else is put around the blocks.
+    The stream, if there is one, is still to be attached, outside of whatever else is put around the blocks. What does
+    not train keeps nothing that only a backward pass uses.
     Raises what `load_transformer` raises.
     """
     stream = None
@@ -33,7 +35,7 @@ def load_placed(
         stream = Stream(Host(device), device)
     numbers = iter(range(10**6))
     # Nothing recomputed and nothing streamed: memory is not what this run is short of.
-    columns = stream is None and memory.gradient_checkpointing == "none"
+    columns = trains and stream is None and memory.gradient_checkpointing == "none"
 
     def prepare(block: nn.Module) -> None:
         quantize_blocks(block, memory.storage or "none", memory.compute or "model", columns)

@@ -46,7 +46,8 @@ def recompute(model: Ideogram4, mode: str, blocks: int | None = None) -> None:
 
         config.fallback_random = True
     keep = partial(keeping, mode == "selective", draws)
-    outside = chosen[len(chosen) - len(model.layers) // _FROM_OUTSIDE :] if mode == "full" else range(0)
+    first = max(0, len(chosen) - len(model.layers) // _FROM_OUTSIDE)
+    outside = chosen[first:] if mode == "full" else range(0)
     for number, block in enumerate(model.blocks()):
         block.passing = keep if number in chosen and number not in outside else None
 

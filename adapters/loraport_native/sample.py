@@ -120,7 +120,7 @@ class Sampler:
         if not is_guided(self.spec):
             return _NoGuidance(self.model.dtype, device)
         part = "unconditional_transformer"
-        other, stream = load_placed(self.checkpoint, self.spec.memory, self.model.dtype, device, part)
+        other, stream = load_placed(self.checkpoint, self.spec.memory, self.model.dtype, device, part, trains=False)
         if stream is not None:
             stream.attach(other)
         return other.requires_grad_(False)

@@ -108,6 +108,10 @@ def conflict(spec: TrainSpec) -> str | None:
             "base_model_precision: nf4-bnb quantises nothing of Ideogram: set memory.quantize: nf4 and "
             f"model.checkpoint: {mapping.OFFICIAL['nf4']}"
         )
+    if config.get("text_encoder_1_precision") == "nf4-bnb":
+        return (
+            "text_encoder_1_precision: nf4-bnb quantises nothing of Ideogram: leave it out and set memory.text_encoder"
+        )
     if "quanto" in precision and (spec.memory.offload != "none" or config.get("enable_group_offload")):
         moved = "enable_group_offload" if spec.memory.offload == "none" else f"memory.offload: {spec.memory.offload}"
         return (

@@ -185,6 +185,7 @@ def test_the_users_own_profiles_are_there_beside_the_built_in_ones(home: Path) -
         ("hardware/a.yaml", "- 1", "a.yaml: a profile is a mapping"),
         ("hardware/a.yaml", "card_gib: 8", "a.yaml: description: needed"),
         ("hardware/a.yaml", "{description: A, card: 8}", "a.yaml: 'card' is not known. Did you mean 'card_gib'?"),
+        ("hardware/a.yaml", "{description: A, card_gib: 0}", "a.yaml: card_gib: a whole number from 1 up"),
         ("hardware/a.yaml", "{description: A, card_gib: 8 GB}", "a.yaml: card_gib: a whole number belongs here"),
         ("hardware/a.yaml", "{description: A, fits: {rang: 16}}", "a.yaml: fits: 'rang' is not known."),
         ("hardware/a.yaml", "{description: A, fits: {rank: 0}}", "a.yaml: fits.rank: a whole number from 1 up"),

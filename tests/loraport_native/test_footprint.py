@@ -321,6 +321,17 @@ def test_samples_with_guidance_need_a_second_transformer() -> None:
     assert plain.peak.name == "training"
 
 
+def test_the_second_transformer_keeps_nothing_for_a_backward_pass() -> None:
+    def second(checkpointing: str) -> float:
+        memory = {"quantize": "fp8-dynamic", "gradient_checkpointing": checkpointing}
+        found = predicted(sample={"every": 10, "prompts": ["a cat"]}, memory=memory)
+        return next(phase for phase in found.phases if phase.name == "drawing samples").terms[
+            "unconditional transformer"
+        ]
+
+    assert second("none") == second("full")
+
+
 def test_caching_is_the_peak_where_the_model_is_streamed_and_images_are_large() -> None:
     large = {"path": "/nowhere", "resolution": 2048, "max_text_tokens": 16}
     found = predicted(dataset=large, memory={"quantize": "nf4", "offload": "group+activations", "compile": "regional"})

@@ -93,3 +93,11 @@ def test_auto_recomputes_all_where_nothing_less_fits_even_to_be_tried(monkeypatc
 
     assert module.recompute_what_must_be(SimpleNamespace(layers=[None] * 4), probe, 115) == 3
     assert recomputed == [3, 1, 3]
+
+
+@pytest.mark.parametrize(("recomputed", "inside"), [(31, 27), (4, 0), (3, 0)])
+def test_the_last_eighth_of_what_is_recomputed_is_recomputed_from_outside(recomputed: int, inside: int) -> None:
+    blocks = [SimpleNamespace() for _ in range(32)]
+    model = SimpleNamespace(layers=blocks, blocks=lambda: blocks, modules=lambda: [])
+    recompute(model, "full", recomputed)
+    assert [block.passing is not None for block in blocks] == [number < inside for number in range(32)]

@@ -91,6 +91,11 @@ INCOMPATIBLE: dict[str, tuple[dict[str, Any], str, str]] = {
         "backend.options",
         "quantises nothing",
     ),
+    "nf4-bnb for the text encoder": (
+        {"backend": {"options": {"config": {"text_encoder_1_precision": "nf4-bnb"}}}},
+        "backend.options",
+        "quantises nothing",
+    ),
     "quanto with group offload": (
         {
             "memory": {"offload": "group"},

@@ -20,8 +20,11 @@ _MARKED = re.compile(
     r"(<!-- bench: (\S+)( short)? -->\n).*?(<!-- /bench -->|(?=<!-- bench: \S+(?: short)? -->\n)|\Z)", re.DOTALL
 )
 
-STEP_HEAD = ("profile", "s/step", "bar", "× stock", "bar", "× floor", "peak GiB", "bar", "floor", "whole card GiB")
-_SHORT = (0, 1, 3, 6)  #: columns of STEP_HEAD that a short table has
+STEP_HEAD = (
+    *("profile", "s/step", "mean", "bar", "× stock", "bar", "× floor"),
+    *("peak GiB", "bar", "floor", "whole card GiB"),
+)
+_SHORT = (0, 1, 4, 7)  #: columns of STEP_HEAD that a short table has
 HELD_OUT = "held-out loss − bf16's (± over seeds)"  #: the column more where the file has held-out losses
 QUALITY_HEAD = ("profile", "held-out loss before", "after", "after − bf16's, by seed", "seeds")
 MET, MISSED = "✓", "✗"
@@ -167,6 +170,7 @@ def _step_line(row: Row, file: DataFile) -> list[str]:
     return [
         row.name + (f" ({row.batch} images)" if row.batch > 1 else ""),
         f"{seconds:.3f} ({step['p10']:.3f} to {step['p90']:.3f})",
+        f"{step['mean']:.3f}",
         _seconds_bar(row, line, other),
         f"{ratio:.2f}" if ratio else "–",
         _bar(f"≥ {bar.ratio:g}", ratio >= bar.ratio) if bar.ratio and ratio else "–",
@@ -197,7 +201,8 @@ def _stock_line(line: dict[str, Any]) -> list[str]:
         return [name, line["status"], *["–"] * (len(STEP_HEAD) - 2)]
     step = line["step_s"]
     told = f"{step['median']:.3f} ({step['p10']:.3f} to {step['p90']:.3f})"
-    return [name, told, "–", "1", "–", "–", f"{line['peak_allocated_gib']:.2f}", "–", "–", _card(line, None)]
+    mean, peak = f"{step['mean']:.3f}", f"{line['peak_allocated_gib']:.2f}"
+    return [name, told, mean, "–", "1", "–", "–", peak, "–", "–", _card(line, None)]
 
 
 def _card(line: dict[str, Any], limit: float | None) -> str:

@@ -70,6 +70,8 @@ class Profile:
             raise ValueError(f"the quantize profile {self.name} must set {' and '.join(QUANTIZED)}")
         if self.fits and self.kind != "hardware":
             raise ValueError(f"fits is for hardware profiles, and {self.name} is one of {self.kind}")
+        if self.card_gib is not None and self.card_gib < 1:
+            raise ValueError(f"card_gib: a whole number from 1 up belongs here, not {self.card_gib}")
 
     @property
     def shape(self) -> dict[str, int]:
@@ -236,8 +238,6 @@ def _read_profile(kind: ProfileKind, file: Traversable) -> Profile:
             raise SpecError(unknown(f"{file}:", key, _KEYS))
         if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
             raise SpecError(f"{file}: {key}: {_TYPES[_KEYS[key]]} belongs here, not {value!r}.")
-        if key == "card_gib" and value < 1:
-            raise SpecError(f"{file}: {key}: a whole number from 1 up belongs here, not {value!r}.")
     if "description" not in content:
         raise SpecError(f"{file}: description: needed, but not there.")
     name = file.name.rsplit(".", 1)[0]

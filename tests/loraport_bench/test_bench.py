@@ -353,3 +353,11 @@ def test_a_checkpoint_whose_name_has_spaces_and_commas_is_told_by_its_last_part_
     assert shlex.split(shortened_command(command, Path("/data/out")))[-3:] == [
         "model.checkpoint=…/tiny", "-o", "…/out, 2",
     ]  # fmt: skip
+
+
+def test_seeds_that_no_repeat_takes_are_not_told_as_measured(bench: Any, tmp_path: Path) -> None:
+    code, said = bench("--backends", "swift", "--tiers", "matched", "--held-out", "0", "--repeats", "1")
+    assert code == 0, said
+    told = results(tmp_path)
+    assert told.complete
+    assert told.protocol.seeds == [run.seed for run in told.runs] == [0]

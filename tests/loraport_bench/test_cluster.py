@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,45 @@ def test_submitit_runs_a_job_for_each_backend_profile_and_seed_and_the_rows_are_
     code, said = bench(*options, "--on", "local")
     assert code == 0, said
     assert "job" not in said.splitlines()[0]  # nothing is submitted again
+
+
+@pytest.mark.parametrize("cards", ["7", None])
+def test_jobs_of_this_machine_see_the_cards_that_the_command_sees(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cards: str | None
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if cards:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", cards)
+    code, said = bench("--backends", "swift", "--tiers", "matched", "--seeds", "0", "--held-out", "0", "--on", "local")
+    assert code == 0, said
+    assert f"cards {cards}" in (tmp_path / "out" / "rows" / "matched-spec-swift-0-0" / "log.txt").read_text()
+
+
+def test_jobs_outlive_a_command_that_is_stopped_which_says_so(bench: Any, spec_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    options = ("--backends", "endless", "--tiers", "matched", "--seeds", "0", "--held-out", "0", "--time-limit", "4")
+    command = [sys.executable, "-m", "loraport.cli.main", "bench", str(spec_file), "-o", str(tmp_path / "out")]
+    row = tmp_path / "out" / "rows" / "matched-spec-endless-0-0"
+    with open(tmp_path / "said.txt", "w") as said:
+        given = [*command, "--steps", "6", "--warm-up", "2", *options, "--on", "local"]
+        process = subprocess.Popen(given, stdout=said, stderr=said)
+        until(lambda: (row / "child.pid").exists())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    told = " ".join((tmp_path / "said.txt").read_text().split())
+    assert "what was submitted goes on: job" in told
+    until(lambda: (row / "run.json").exists())
+    _, again = bench(*options, "--on", "local")
+    assert "job" not in again.splitlines()[0]
+    assert results(tmp_path).complete
+
+
+def until(there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not there() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert there()
 
 
 def test_a_job_that_fails_is_told_with_its_error(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,14 +108,15 @@ def test_a_bench_goes_through_slurm_with_the_cards_and_the_time_that_its_rows_ne
         command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'slurm'}{os.pathsep}{os.environ['PATH']}")
     options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0,1", "--time-limit", "1200", "--held-out", "0")
-    code, said = bench(*options, "--on", "slurm", "--job", "slurm_partition=gpu")
+    code, said = bench(*options, "--overhead-pairs", "1", "--on", "slurm", "--job", "slurm_partition=gpu")
     assert code == 0, said
     told = results(tmp_path)
     assert [run.status for run in told.runs] == ["ok", "ok"]
     first, second = sorted((tmp_path / "slurm").glob("*.sbatch"))
-    for line in ("--partition=gpu", "--gpus-per-node=1", "--time=35", "--job-name=bench-swift-spec-0"):
+    for line in ("--partition=gpu", "--gpus-per-node=1", "--time=75", "--job-name=bench-swift-spec-0"):
         assert f"#SBATCH {line}\n" in first.read_text()
     assert "--job-name=bench-swift-spec-1" in second.read_text()
+    assert "--time=35\n" in second.read_text(), "no pair of the overhead is its"
 
 
 def test_slurm_is_looked_for_before_anything_is_written(

@@ -86,7 +86,8 @@ def run_on(
     cards = {_VISIBLE: os.environ.get(_VISIBLE)} if hides else {}
     submitted = {}
     for (backend, profile, seed), members in groups.items():
-        minutes = round(len(members) * bench.settings.time_limit_s / 60) + _MARGIN_MIN
+        runs = sum(bench.runs_left(job, done, again) for job in members)
+        minutes = round(runs * bench.settings.time_limit_s / 60) + _MARGIN_MIN
         gpus = {"gpus_per_node": bench.spec.train.gpus} if where.cluster == "slurm" else {}
         named: Mapping[str, Any] = {"name": f"bench-{backend}-{profile}-{seed}", "timeout_min": minutes, **gpus}
         try:

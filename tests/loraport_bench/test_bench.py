@@ -298,6 +298,15 @@ def test_a_field_can_be_set_for_one_trainer_alone(bench: Any, tmp_path: Path) ->
     assert options == {"swift": {"fast": True}, "steady": {}}
 
 
+def test_an_option_of_one_trainer_alone_is_listed_as_what_is_unequal(bench: Any, tmp_path: Path) -> None:
+    options = ("--backends", "swift,steady", "--tiers", "matched", "--seeds", "0", "--held-out", "0")
+    code, said = bench(*options, "--for", "swift:backend.options.fast=true")
+    assert code == 0, said
+    told = {each.path: each.backends for each in results(tmp_path).inequalities["matched/spec"]}
+    assert told["backend.options"]["swift"].startswith("{'fast': True}")
+    assert "| backend.options | – |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_one_run_at_a_time_is_measured_on_a_machine(bench: Any, tmp_path: Path) -> None:
     import fcntl
 

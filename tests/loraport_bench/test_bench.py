@@ -298,6 +298,15 @@ def test_a_field_can_be_set_for_one_trainer_alone(bench: Any, tmp_path: Path) ->
     assert options == {"swift": {"fast": True}, "steady": {}}
 
 
+def test_an_option_of_one_trainer_alone_is_listed_as_what_is_unequal(bench: Any, tmp_path: Path) -> None:
+    options = ("--backends", "swift,steady", "--tiers", "matched", "--seeds", "0", "--held-out", "0")
+    code, said = bench(*options, "--for", "swift:backend.options.fast=true")
+    assert code == 0, said
+    told = {each.path: each.backends for each in results(tmp_path).inequalities["matched/spec"]}
+    assert told["backend.options"]["swift"].startswith("{'fast': True}")
+    assert "| backend.options | – |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_one_run_at_a_time_is_measured_on_a_machine(bench: Any, tmp_path: Path) -> None:
     import fcntl
 
@@ -353,3 +362,11 @@ def test_a_checkpoint_whose_name_has_spaces_and_commas_is_told_by_its_last_part_
     assert shlex.split(shortened_command(command, Path("/data/out")))[-3:] == [
         "model.checkpoint=…/tiny", "-o", "…/out, 2",
     ]  # fmt: skip
+
+
+def test_seeds_that_no_repeat_takes_are_not_told_as_measured(bench: Any, tmp_path: Path) -> None:
+    code, said = bench("--backends", "swift", "--tiers", "matched", "--held-out", "0", "--repeats", "1")
+    assert code == 0, said
+    told = results(tmp_path)
+    assert told.complete
+    assert told.protocol.seeds == [run.seed for run in told.runs] == [0]

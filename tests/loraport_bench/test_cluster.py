@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,45 @@ def test_submitit_runs_a_job_for_each_backend_profile_and_seed_and_the_rows_are_
     code, said = bench(*options, "--on", "local")
     assert code == 0, said
     assert "job" not in said.splitlines()[0]  # nothing is submitted again
+
+
+@pytest.mark.parametrize("cards", ["7", None])
+def test_jobs_of_this_machine_see_the_cards_that_the_command_sees(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cards: str | None
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if cards:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", cards)
+    code, said = bench("--backends", "swift", "--tiers", "matched", "--seeds", "0", "--held-out", "0", "--on", "local")
+    assert code == 0, said
+    assert f"cards {cards}" in (tmp_path / "out" / "rows" / "matched-spec-swift-0-0" / "log.txt").read_text()
+
+
+def test_jobs_outlive_a_command_that_is_stopped_which_says_so(bench: Any, spec_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    options = ("--backends", "endless", "--tiers", "matched", "--seeds", "0", "--held-out", "0", "--time-limit", "4")
+    command = [sys.executable, "-m", "loraport.cli.main", "bench", str(spec_file), "-o", str(tmp_path / "out")]
+    row = tmp_path / "out" / "rows" / "matched-spec-endless-0-0"
+    with open(tmp_path / "said.txt", "w") as said:
+        given = [*command, "--steps", "6", "--warm-up", "2", *options, "--on", "local"]
+        process = subprocess.Popen(given, stdout=said, stderr=said)
+        until(lambda: (row / "child.pid").exists())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    told = " ".join((tmp_path / "said.txt").read_text().split())
+    assert "what was submitted goes on: job" in told
+    until(lambda: (row / "run.json").exists())
+    _, again = bench(*options, "--on", "local")
+    assert "job" not in again.splitlines()[0]
+    assert results(tmp_path).complete
+
+
+def until(there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not there() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert there()
 
 
 def test_a_job_that_fails_is_told_with_its_error(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,14 +108,15 @@ def test_a_bench_goes_through_slurm_with_the_cards_and_the_time_that_its_rows_ne
         command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'slurm'}{os.pathsep}{os.environ['PATH']}")
     options = ("--backends", "swift", "--tiers", "matched", "--seeds", "0,1", "--time-limit", "1200", "--held-out", "0")
-    code, said = bench(*options, "--on", "slurm", "--job", "slurm_partition=gpu")
+    code, said = bench(*options, "--overhead-pairs", "1", "--on", "slurm", "--job", "slurm_partition=gpu")
     assert code == 0, said
     told = results(tmp_path)
     assert [run.status for run in told.runs] == ["ok", "ok"]
     first, second = sorted((tmp_path / "slurm").glob("*.sbatch"))
-    for line in ("--partition=gpu", "--gpus-per-node=1", "--time=35", "--job-name=bench-swift-spec-0"):
+    for line in ("--partition=gpu", "--gpus-per-node=1", "--time=75", "--job-name=bench-swift-spec-0"):
         assert f"#SBATCH {line}\n" in first.read_text()
     assert "--job-name=bench-swift-spec-1" in second.read_text()
+    assert "--time=35\n" in second.read_text(), "no pair of the overhead is its"
 
 
 def test_slurm_is_looked_for_before_anything_is_written(

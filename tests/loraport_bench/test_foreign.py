@@ -34,6 +34,23 @@ def test_a_row_of_other_work_is_refused_and_nothing_of_it_counts(bench: Any, tmp
     assert results(tmp_path).complete
 
 
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (("--warm-up", "3"), "--warm-up is 3 in it, and 2 here"),
+        (("--set", "model.dtype=fp32"), "model.dtype is 'fp32' in it, and 'bf16' here"),
+    ],
+)
+def test_a_row_that_was_timed_or_computed_otherwise_is_refused(
+    bench: Any, tmp_path: Path, other: tuple[str, ...], told: str
+) -> None:
+    bench(*OPTIONS, "--part", "1/2", *other, "-o", str(tmp_path / "other"))
+    shutil.copytree(tmp_path / "other" / "rows", tmp_path / "out" / "rows")
+    code, said = bench(*OPTIONS)
+    assert code == 4, said
+    assert told in " ".join(said.split())
+
+
 def test_rows_of_images_that_were_changed_since_are_refused(bench: Any, tmp_path: Path) -> None:
     bench(*OPTIONS)
     caption = tmp_path / "out" / "data" / "images" / "00001.json"

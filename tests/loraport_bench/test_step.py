@@ -119,6 +119,16 @@ def test_a_machine_that_measures_already_is_left_alone(project: Path, tmp_path: 
     assert "somebody's bench" in said
 
 
+def test_no_checkpoint_is_made_on_a_card_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+    monkeypatch.setattr("loraport_bench.data.make_checkpoint", made.append)
+    places = ["--out", str(tmp_path / "rows.jsonl"), "--work", str(tmp_path / "work"), "--rows", "bf16"]
+    with alone_on_machine("somebody's bench", wait=False):
+        done = CliRunner().invoke(build_app(), ["bench", "step", *places])
+    assert done.exit_code == 7, done.output
+    assert made == []
+
+
 def test_captions_get_exactly_the_length_asked_for(project: Path) -> None:
     from loraport_native.lengthen import lengthen
     from loraport_native.models.checkpoint import find_checkpoint, load_tokenizer

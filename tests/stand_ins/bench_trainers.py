@@ -5,6 +5,7 @@ lazy: tells one step too few. wide: trains another module too. inexact: approxim
 sets of images. absent: not ready.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -87,6 +88,7 @@ def train(name, run_dir):
         print(events.encode(event), flush=True)
 
     spec = TrainSpec.load(run_dir / "spec.yaml")
+    print("cards", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
     tell(events.PhaseStarted(phase="load"))
     if name == "greedy":
         print(encode_error(OutOfMemoryError("The stand-in ran out of memory.")), flush=True)

@@ -258,7 +258,7 @@ class Bench:
             batches=settings.batches,
             tiers=settings.tiers,
             repeats=settings.repeats,
-            seeds=settings.seeds,
+            seeds=settings.seeds[: settings.repeats],
             steps=settings.steps,
             warm_up=settings.warm_up,
             images=staged.images,

@@ -93,11 +93,11 @@ def step(
     source = photographs(images).absolute()
     if checkpoint is None:
         tell(f"The checkpoint lies in {place / 'random-full-fp8'}.")
-    model = checkpoint.expanduser().absolute() if checkpoint else make_checkpoint(place / "random-full-fp8")
-    bench = Bench(model, source, place, steps or (QUALITY_STEPS if quality else STEPS), 0 if quality else warm_up)
-    session = Session(bench, file, tell, again, _options(names, steps, warm_up, limit_memory, quality, seeds))
     chosen = [with_limit(row, limit_memory) for row in chosen]
-    with alone_on_machine(f"loraport bench step for {out}", wait):
+    with alone_on_machine(f"loraport bench step for {out}", wait):  # the checkpoint is made on the card, too
+        model = checkpoint.expanduser().absolute() if checkpoint else make_checkpoint(place / "random-full-fp8")
+        bench = Bench(model, source, place, steps or (QUALITY_STEPS if quality else STEPS), 0 if quality else warm_up)
+        session = Session(bench, file, tell, again, _options(names, steps, warm_up, limit_memory, quality, seeds))
         if quality:
             session.quality(chosen, numbers, at_once)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from loraport.errors import BackendError, SpecError, unknown
+from loraport.errors import BackendError, Interrupted, SpecError, unknown
 from loraport.files import write_atomic
 from loraport.spec.yaml_text import dump_yaml, parse_yaml
 from loraport_bench.bench import Bench
@@ -22,6 +23,7 @@ from loraport_bench.settings import Settings
 
 Cluster = Literal["slurm", "local"]
 _POLL = 1.0
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _MARGIN_MIN = 15  # minutes of a job for staging, scoring, and waiting for the machine
 
 
@@ -67,7 +69,8 @@ def run_on(
     whose keys are in `again` are run once more.
 
     Everything of a job is in the bench's folder, which all machines must share: one that was finished meanwhile, by
-    whomever, is not run again. Raises SpecError for a parameter that submitit does not know.
+    whomever, is not run again. Raises SpecError for a parameter that submitit does not know, and Interrupted, which
+    tells what goes on.
     """
     import submitit
 
@@ -78,9 +81,13 @@ def run_on(
         if job.key in again or bench.unfinished(job, done):
             groups.setdefault((job.backend, job.profile, job.seed), []).append(job)
     executor = submitit.AutoExecutor(folder=str(bench.folder / "jobs"), cluster=where.cluster)
+    # submitit's own executor hides all cards from its jobs, unless told how many; Slurm gives jobs theirs.
+    hides = where.cluster == "local" and not any("gpus" in name for name in where.parameters)
+    cards = {_VISIBLE: os.environ.get(_VISIBLE)} if hides else {}
     submitted = {}
     for (backend, profile, seed), members in groups.items():
-        minutes = round(len(members) * bench.settings.time_limit_s / 60) + _MARGIN_MIN
+        runs = sum(bench.runs_left(job, done, again) for job in members)
+        minutes = round(runs * bench.settings.time_limit_s / 60) + _MARGIN_MIN
         gpus = {"gpus_per_node": bench.spec.train.gpus} if where.cluster == "slurm" else {}
         named: Mapping[str, Any] = {"name": f"bench-{backend}-{profile}-{seed}", "timeout_min": minutes, **gpus}
         try:
@@ -88,17 +95,35 @@ def run_on(
         except (NameError, TypeError, ValueError, AssertionError) as error:
             raise SpecError(f"--job: submitit does not take this: {error}") from error
         place, keys = str(bench.folder), [job.key for job in members]
-        more = bench.machinery.patience, bench.machinery.busy, again
+        more = bench.machinery.patience, bench.machinery.busy, again, cards
         started = executor.submit(run_part, place, keys, bench.command, *more)
         bench.tell(f"job {started.job_id}: {backend}, {profile}, seed {seed}")
         submitted[started.job_id] = started
-    return _wait_for(submitted, bench.tell, poll)
+    try:
+        return _wait_for(submitted, bench.tell, poll)
+    except Interrupted as error:
+        left = [number for number, job in submitted.items() if not job.done()]
+        raise Interrupted(
+            f"Stopped waiting; what was submitted goes on: job {', '.join(left)}.",
+            hint="Once it is done, the same command gathers its rows and submits what is left.",
+        ) from error
 
 
 def run_part(
-    folder: str, keys: list[str], command: str, patience: float, busy: bool, again: frozenset[str] = frozenset()
+    folder: str,
+    keys: list[str],
+    command: str,
+    patience: float,
+    busy: bool,
+    again: frozenset[str] = frozenset(),
+    environment: Mapping[str, str | None] | None = None,
 ) -> None:
-    """The content of one job: run and score some rows of the bench in `folder`."""
+    """The content of one job: run and score some rows of the bench in `folder`. Variables of `environment` are set
+    first, or taken away."""
+    for name, value in (environment or {}).items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     place = Path(folder)
     settings = Settings.read_from(place)
     machinery = Machinery(place, settings, patience, busy)

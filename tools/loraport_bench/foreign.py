@@ -9,6 +9,9 @@ from loraport_bench.records import Run
 from loraport_bench.row import Machinery, configuration
 from loraport_bench.schedule import Job
 
+#: What all rows of a bench share, of whichever machine: the work, and the numbers that the model computes in.
+_SAME = (*WORK, "model.family", "model.dtype")
+
 
 def refuse_foreign(job: Job, run: Run, made: Plan | object, images_sha256: str, machinery: Machinery) -> None:
     """Raise DataError when the record of a job is of other work than its plan here, or of other images.
@@ -25,8 +28,10 @@ def refuse_foreign(job: Job, run: Run, made: Plan | object, images_sha256: str, 
         reasons += [
             f"{path} is {there!r} in it, and {here!r} here"
             for path, (there, here) in differing(recorded, planned).items()
-            if path.startswith(WORK)
+            if path.startswith(_SAME)
         ]
+    if run.steps is not None and run.steps.warm_up != (warm_up := machinery.settings.warm_up):
+        reasons.append(f"--warm-up is {run.steps.warm_up} in it, and {warm_up} here")
     if reasons:
         raise DataError(
             f"{machinery.row_folder(job)} is of another bench: {'; '.join(reasons)}.",

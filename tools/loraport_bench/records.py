@@ -265,7 +265,7 @@ class Run(Data):
     total_s: float = Field(ge=0, description="Wall time of the whole command.")
     machine: Machine | None = Field(None, description="Null for a row that was refused.")
     versions: dict[str, str] = Field(description="LoraPort, Python, and what the backend's environment holds.")
-    configuration: Configuration | None = Field(None, description="Null when the plan could not be made.")
+    configuration: Configuration | None = Field(None, description="Null for a row that was refused.")
     verdicts: list[Judgement] = Field(description="One for each field of the spec.")
     phases: dict[PhaseName, float] = Field(default_factory=dict, description="Seconds in each phase.")
     timeline: list[tuple[PhaseName, float, float]] = Field(

@@ -160,12 +160,12 @@ def run(
     again = bench.failed() if retry else frozenset()
     problems = []
     try:
-        if where is not None:
-            from loraport_bench.cluster import run_on
+        with stops_raise():
+            if where is not None:
+                from loraport_bench.cluster import run_on
 
-            problems = run_on(bench, jobs, where, again=again)
-        else:
-            with stops_raise():
+                problems = run_on(bench, jobs, where, again=again)
+            else:
                 bench.run(jobs, session_limit, again)
     finally:
         if bench.done():

@@ -199,7 +199,7 @@ def inequalities(plans: Mapping[str, Plan]) -> list[Inequality]:
         verdicts = {name: verdict for name, made in plans.items() for verdict in made.verdicts if verdict.path == path}
         values = {repr(verdict.value) for verdict in verdicts.values()}
         # No staged image is to be enlarged, whatever is said of those that are.
-        if path.startswith("backend.") or path == "dataset.upscale" or not verdicts:
+        if path in ("backend.name", "backend.python", "dataset.upscale") or not verdicts:
             continue
         if len(values) > 1 or any(verdict.kind is not Kind.EXACT for verdict in verdicts.values()):
             told = {

@@ -146,10 +146,15 @@ def test_other_work_other_clocks_and_other_scopes_are_not_compared() -> None:
         f"{ROW}: device memory: of processes in OLD, of device in NEW",
         f"{ROW}: held-out loss: another one without a LoRA: 0.7816 over 8 in OLD, 0.9379 over 8 in NEW",
     ]
+
+
+def test_two_benches_of_which_nothing_can_be_compared_are_no_success() -> None:
     protocol = example().protocol.model_copy(update={"resolution": 512})
-    other = compare(example(), example().model_copy(update={"protocol": protocol}))
-    assert other.changes == []
-    assert all("resolution 1024 → 512" in each for each in other.skipped)
+    with pytest.raises(DataError, match="Nothing of the two benches can be compared") as error:
+        compare(example(), example().model_copy(update={"protocol": protocol}))
+    reasons = str(error.value.hint).splitlines()
+    assert any(ROW in reason for reason in reasons)
+    assert all("resolution 1024 → 512" in reason for reason in reasons)
 
 
 def test_what_was_measured_on_one_side_only_is_told() -> None:

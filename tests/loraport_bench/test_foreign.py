@@ -38,6 +38,7 @@ def test_a_row_of_other_work_is_refused_and_nothing_of_it_counts(bench: Any, tmp
     ("other", "told"),
     [
         (("--warm-up", "3"), "--warm-up is 3 in it, and 2 here"),
+        (("--set", "memory.gradient_checkpointing=none"), "memory.gradient_checkpointing is 'none' in it"),
         (("--set", "model.dtype=fp32"), "model.dtype is 'fp32' in it, and 'bf16' here"),
     ],
 )
@@ -65,13 +66,14 @@ def test_rows_of_images_that_were_changed_since_are_refused(bench: Any, tmp_path
 
 def test_rows_that_another_machine_measured_are_taken(bench: Any, tmp_path: Path) -> None:
     """Its folders lie elsewhere, and what its card decides is its own."""
-    bench(*OPTIONS, "--part", "1/2", "-o", str(tmp_path / "node" / "bench"))
-    record = tmp_path / "node" / "bench" / "rows" / "matched-spec-swift-0-0" / "run.json"
+    best = ("--backends", "swift,steady", "--tiers", "best-effort", "--seeds", "0", "--held-out", "0")
+    bench(*best, "--part", "1/2", "-o", str(tmp_path / "node" / "bench"))
+    record = tmp_path / "node" / "bench" / "rows" / "best-effort-spec-swift-0-0" / "run.json"
     content = json.loads(record.read_text())
     content["configuration"]["spec"]["memory"]["offload"] = "group"
     record.write_text(json.dumps(content))
     shutil.copytree(record.parents[1], tmp_path / "out" / "rows")
-    code, said = bench(*OPTIONS)
+    code, said = bench(*best)
     assert code == 0, said
-    assert "matched/spec/swift/0/0: there already" in said
+    assert "best-effort/spec/swift/0/0: there already" in said
     assert results(tmp_path).complete

@@ -179,6 +179,16 @@ def test_memory_of_training_and_of_the_whole_run_are_told_apart_where_they_diffe
     assert "23.07 GiB" in page(results)
 
 
+@pytest.mark.parametrize(("gaps", "told"), [((0.06, 0.934), "0.93 s"), ((0.06, 0.1), None)])
+def test_samples_of_memory_that_lie_far_apart_are_told(gaps: tuple[float, float], told: str | None) -> None:
+    content = example().model_dump(mode="json")
+    traces = [run["device_memory"] for run in content["runs"] if run["device_memory"]]
+    for number, trace in enumerate(traces):
+        trace["longest_gap_s"] = gaps[number % 2]
+    text, sentence = markdown(r.Results.model_validate(content)), "The longest time between two samples was"
+    assert f"{sentence} {told}." in text if told else sentence not in text
+
+
 def test_power_and_energy_of_an_earlier_version_are_left_out_since_compiling_went_into_them() -> None:
     def earlier(run: r.Run) -> r.Run:
         cards = [card.model_copy(update={"samples": None}) for card in run.cards]

@@ -107,7 +107,8 @@ def compare(
     aspects: Sequence[Aspect] = ASPECTS,
 ) -> Comparison:
     """Compare rows of the same tier, quantisation, batch size and backend. Thresholds are shares: of the old median,
-    and for held-out losses of the loss without a LoRA. Raises DataError when the two have no row in common."""
+    and for held-out losses of the loss without a LoRA. Raises DataError when the two have no row in common, or none
+    that can be compared."""
     found = Comparison(threshold, quality_threshold)
     before, after = _rows(old), _rows(new)
     if not before.keys() & after.keys():
@@ -128,6 +129,8 @@ def compare(
         if row in after:
             _row(found, row, before[row], after[row], other, aspects)
     found.differences = list(dict.fromkeys(found.differences))
+    if found.skipped and not (found.changes or found.broken or found.repaired):
+        raise DataError("Nothing of the two benches can be compared.", hint="\n  ".join(found.skipped))
     return found
 
 

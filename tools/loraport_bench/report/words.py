@@ -10,6 +10,7 @@ from loraport_bench.report.tables import FIRST_STEPS, evaluators
 from loraport_bench.schedule import schedule
 
 _MOST_MISSING = 6  #: rows named that are not there
+_FAR_APART = 0.1  #: seconds between samples of memory that are told
 
 LOSSES = (
     "Each trainer prints a loss of its own: weighted, averaged and drawn at times its own way. These curves say "
@@ -56,6 +57,9 @@ def under_headline(group: Group) -> list[str]:
         text = "Memory: the peak of samples of the device's memory from outside, while steps were trained and over the "
         text += "whole run"
         text += ", of the run's own processes." if scopes == {"processes"} else "."
+        longest = max(trace.longest_gap_s for one in good for run in one.good if (trace := run.device_memory))
+        if longest > _FAR_APART:
+            text += f" The longest time between two samples was {longest:.2f} s."
         if "device" in scopes:
             text += " * All that is in use on the card: the driver doesn't tell processes apart there."
         notes.append(text)

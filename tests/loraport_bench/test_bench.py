@@ -268,7 +268,7 @@ def test_a_dry_run_writes_nothing_and_tells_refusals_before_anything_is_started(
         (["--for", "swift"], "write it as BACKEND:FIELD=VALUE"),
         (["--for", "native:train.steps=3"], "--for: 'native' is not known"),
         (["--part", "3/2"], "--part '3/2'"),
-        (["--on", "cloud"], "--on: 'cloud' is not known"),
+        (["--on", "cloud", "--dry-run"], "--on: 'cloud' is not known"),
         (["--job", "timeout_min=5"], "--job would do nothing here"),
         (["--card", "24gb", "--tiers", "matched"], "--card would do nothing here"),
         (["--on", "local", "--session-limit", "0"], "--job timeout_min=MINUTES"),

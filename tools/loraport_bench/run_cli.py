@@ -141,6 +141,11 @@ def run(
     machinery = Machinery(folder, settings, wait, busy)
     bench = Bench(settings, folder, machinery, _tell, shortened_command(_arguments(), folder), queue)
     jobs = bench.jobs if part is None else part_of(bench.jobs, *_part(part))
+    where = None
+    if on is not None:
+        from loraport_bench.cluster import find_cluster
+
+        where = find_cluster(on, job or [])
     if dry_run:
         _show_schedule(bench, jobs, bench.failed() if retry else frozenset(), as_json)
         return
@@ -150,11 +155,6 @@ def run(
         write_task(write_sky, spec, bench, _options_for_part(context))
         typer.echo(f"Wrote {write_sky}; its first lines say how to start it.")
         return
-    where = None
-    if on is not None:
-        from loraport_bench.cluster import find_cluster
-
-        where = find_cluster(on, job or [])
     bench.check()
     bench.begin()
     again = bench.failed() if retry else frozenset()

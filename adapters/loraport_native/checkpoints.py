@@ -10,10 +10,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loraport.errors import RunFolderError
 
@@ -67,6 +69,38 @@ def save_checkpoint(
             hint=f"Free some space, then go on with: loraport resume {run_dir}",
         ) from error
     return final
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own, one at a time, while training goes on."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def begin(self, save: Callable[[], Path]) -> None:
+        """Have a checkpoint written by `save`, which must only read what nobody changes."""
+        assert self._writing is None, "the one before was not asked for"
+        self._writing = self._thread.submit(save)
+
+    def written(self, wait: bool) -> Path | None:
+        """The checkpoint that was begun, once, when it is whole; None while it is not, unless it is waited for. Raises
+        what writing it raised."""
+        if self._writing is None or not (wait or self._writing.done()):
+            return None
+        whole, self._writing = self._writing, None
+        return whole.result()
+
+
+def on_host(state: Any) -> Any:
+    """A copy of a training state, with its tensors on the CPU: the training may go on with its own."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: on_host(value) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(on_host, state))
+    return state
 
 
 def load_state(folder: Path) -> dict[str, Any]:

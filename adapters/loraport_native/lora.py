@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -172,11 +172,18 @@ def _inject_lycoris(model: nn.Module, lora: LoraSection, targets: list[str], lin
 
 @torch.no_grad()
 def write_adapter(path: Path, adapter: Adapter, weights: Mapping[str, torch.Tensor], family: str, step: int) -> None:
-    """Write `weights`, one for each of the adapter's factors, in float32 in the native dialect.
+    """Write `weights`, one for each of the adapter's factors, in float32 in the native dialect."""
+    written_adapter(adapter, weights, family, step)(path)
+
+
+def written_adapter(
+    adapter: Adapter, weights: Mapping[str, torch.Tensor], family: str, step: int
+) -> Callable[[Path], None]:
+    """What writes the weights that there are now, wherever they have got to when it does: it has copies of them.
 
     Not by safetensors' own writer, whose header comes in another order each time: equal runs give equal files.
     """
-    tensors = {name: weight.float().cpu() for name, weight in weights.items()}
+    tensors = {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in weights.items()}
     dora = [name.removesuffix(".magnitude") for name in tensors if name.endswith(".magnitude")]
     for _, modules in groupby(dora, key=lambda name: name.split(".")[:2]):  # `layers.3`: what may wait together
         together = list(modules)
@@ -189,7 +196,8 @@ def write_adapter(path: Path, adapter: Adapter, weights: Mapping[str, torch.Tens
         "loraport.scales": json.dumps(adapter.scales),
         "loraport.step": str(step),
     }
-    write_tensors(path, {name: tensor.numpy() for name, tensor in tensors.items()}, metadata)
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return lambda path: write_tensors(path, arrays, metadata)
 
 
 def _dora_norms(adapter: Adapter, module: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -294,7 +302,8 @@ class Ema:
         torch._foreach_lerp_(self.weights, list[torch.Tensor](masters.weights), 1 - decay)
 
     def state(self) -> dict[str, object]:
-        return {"steps": self.steps, "weights": [weight.cpu() for weight in self.weights]}
+        """A copy on the CPU."""
+        return {"steps": self.steps, "weights": [weight.to("cpu", copy=True) for weight in self.weights]}
 
     @torch.no_grad()
     def load(self, state: dict) -> None:

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,13 +20,13 @@ from loraport.errors import BackendError
 from loraport.run.events import Checkpoint, Event, PhaseStarted, Progress, Resumed, Step, Validation
 from loraport.spec.models import TrainSpec
 from loraport_native import flow
-from loraport_native.checkpoints import load_state, save_checkpoint, whole_checkpoints
+from loraport_native.checkpoints import Writer, load_state, on_host, save_checkpoint, whole_checkpoints
 from loraport_native.data import Sample, TrainingSet, epoch_batches
 from loraport_native.device import free_memory_bytes, peak_memory_gib, peak_reserved_gib, read_later, restart_peak
 from loraport_native.distributed import ALONE, Group
 from loraport_native.footprint import OPTIMIZER_BYTES
 from loraport_native.held_out import case, case_count
-from loraport_native.lora import Adapter, Ema, Masters, write_adapter
+from loraport_native.lora import Adapter, Ema, Masters, written_adapter
 from loraport_native.models.ideogram4 import Ideogram4
 from loraport_native.optim import make_optimizer, make_schedule, wants_shapes
 from loraport_native.recompute import recompute_what_must_be
@@ -96,6 +97,7 @@ class Trainer:
         self._untold: Taken | None = None
         self._told_at = 0.0
         self.runs_ahead = self.device.type == "cuda"  #: whether what the host queues is done later
+        self._writer = Writer()
 
     def fit(self) -> None:
         """Train to the last step. Raises Stopped when a stop was asked for, BackendError when training diverges."""
@@ -120,6 +122,8 @@ class Trainer:
             stop = self.group.any(self.stop_requested)
             if last or stop or (spec.save.every and self.step % spec.save.every == 0):
                 self._save()
+            if last or stop or not self.runs_ahead:
+                self._tell_checkpoint(wait=True)
             if stop and not last:
                 raise Stopped
             phase_is_over = self._at_intervals()
@@ -240,6 +244,7 @@ class Trainer:
                 peak_reserved_gib=peak_reserved_gib(self.device),
             )
         )
+        self._tell_checkpoint(wait=False)
 
     def _batch(self, index: int) -> list[Sample]:
         """The batch of a forward pass, counted from the start of the run."""
@@ -291,6 +296,7 @@ class Trainer:
         return flow.losses(prediction, target)
 
     def _diverged(self, what: str, step: int, samples: list[Sample]) -> BackendError:
+        self._tell_checkpoint(wait=True)
         names = ", ".join(dict.fromkeys(sample.name for sample in samples))
         whole = list(whole_checkpoints(self.run_dir).values())
         good = f"The last good checkpoint is {whole[-1]}." if whole else "No checkpoint was written yet."
@@ -342,7 +348,9 @@ class Trainer:
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        """Begin a checkpoint of this step, once the one before is whole."""
         self._settle()
+        self._tell_checkpoint(wait=True)
         if not all(weight.isfinite().all() for weight in self.masters.weights):
             raise self._diverged("adapter", self.step, [])
         if not self.group.leads:
@@ -350,17 +358,21 @@ class Trainer:
         state = {
             "step": self.step,
             "masters": self.masters.state(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "optimizer": on_host(self.optimizer.state_dict()),
+            "schedule": on_host(self.schedule.state_dict()),
             "ema": self.ema.state() if self.ema else None,
         }
-        folder = save_checkpoint(self.run_dir, self.step, self._write_adapter, state, self.spec.save.keep)
-        self.emit(Checkpoint(step=self.step, path=str(folder.relative_to(self.run_dir))))
-
-    def _write_adapter(self, path: Path) -> None:
         weights = self.ema.weights if self.ema else self.masters.weights
         tensors = dict(zip(self.masters.names, weights, strict=True))
-        write_adapter(path, self.adapter, tensors, self.spec.model.family, self.step)
+        adapter = written_adapter(self.adapter, tensors, self.spec.model.family, self.step)
+        self._writer.begin(partial(save_checkpoint, self.run_dir, self.step, adapter, state, self.spec.save.keep))
+
+    def _tell_checkpoint(self, wait: bool) -> None:
+        """Tell the checkpoint that is being written if it is whole. Raises RunFolderError when it could not be."""
+        folder = self._writer.written(wait)
+        if folder is not None:
+            step = int(folder.name.removeprefix("step-"))
+            self.emit(Checkpoint(step=step, path=str(folder.relative_to(self.run_dir))))
 
     def _resume(self) -> None:
         whole = whole_checkpoints(self.run_dir)

@@ -85,7 +85,7 @@ class Sample(_Event):
 
 
 class Checkpoint(_Event):
-    """A whole checkpoint is on disk."""
+    """A whole checkpoint is on disk. A trainer that goes on meanwhile may have told later steps before."""
 
     type: Literal["checkpoint"] = "checkpoint"
     step: int = Field(ge=0, description="Optimizer steps done.")

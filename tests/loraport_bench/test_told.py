@@ -54,6 +54,17 @@ def test_phases_follow_one_another_from_the_start_of_the_process_to_its_end() ->
     assert told.warnings == ["hot"]
 
 
+def test_a_checkpoint_that_is_told_while_training_goes_on_is_of_its_own_step_and_no_pause() -> None:
+    steps = [step(number, 120.0 + number) for number in range(1, 7)]
+    saved = events.Checkpoint(step=2, path="x", time=124.0)
+    told = sort_out([events.PhaseStarted(phase="train", time=120), *steps[:4], saved, *steps[4:]], 119, 130)
+    assert told.trained_at(saved) == 2
+    assert told.phases() == {"start": 1, "train": 6, "save": 4}, "which is what the trainer did after its last step"
+    measured = told.measured(1)
+    assert measured is not None
+    assert measured.wall_mean == 1
+
+
 def test_a_step_lasts_from_the_end_of_the_one_before_and_pauses_are_not_its_own() -> None:
     measured = sort_out(TOLD, 100, 155).measured(1)
     assert measured is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraport.errors import BackendError
+from loraport.errors import BackendError, RunFolderError
 from loraport.run.events import Checkpoint, PhaseStarted, Resumed, Step, Validation
-from loraport_native.checkpoints import whole_checkpoints
+from loraport_native import trainer as module
+from loraport_native.checkpoints import load_state, whole_checkpoints
 from loraport_native.data import epoch_batches
 from loraport_native.dialect import NativeDialect
 from loraport_native.trainer import Draw, Stopped, pad_left
@@ -293,8 +295,62 @@ def test_a_step_told_while_the_next_is_queued_is_told_before_anything_is_saved(
     assert taken == [(n, n) for n in range(1, 11)], "in the forward pass of the next step, so before that one counts"
     order = [(type(event), event.step) for event in late.events if isinstance(event, Step | Checkpoint)]
     for saved in (4, 8, 10):
-        assert order[order.index((Checkpoint, saved)) - 1] == (Step, saved)
+        assert order.index((Checkpoint, saved)) > order.index((Step, saved))
+    assert order[-1] == (Checkpoint, 10)
     assert adapter_bytes(tmp_path / "late", 10) == adapter_bytes(tmp_path / "at once", 10)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_of_it(
+    make_spec, make_trainer, tmp_path, monkeypatch
+) -> None:
+    spec = make_spec(save={"every": 4, "keep": 9}, train={"ema_decay": 0.9})
+    make_trainer(spec, tmp_path / "at once").fit()
+    further, save = threading.Event(), module.save_checkpoint
+
+    def slow(*arguments: Any) -> Path:
+        assert further.wait(60)
+        return save(*arguments)
+
+    monkeypatch.setattr(module, "save_checkpoint", slow)
+    late = make_trainer(spec, tmp_path / "late")
+    late.runs_ahead = True
+    emit = late.emit
+
+    def hear(event: Any) -> None:
+        emit(event)
+        if isinstance(event, Step) and event.step == 6:
+            further.set()
+
+    late.emit = hear
+    late.fit()
+    order = [(type(event), event.step) for event in late.events if isinstance(event, Step | Checkpoint)]
+    assert (Step, 6) in order[: order.index((Checkpoint, 4))]
+    for step in (4, 8, 10):
+        one, other = (load_state(whole_checkpoints(tmp_path / name)[step]) for name in ("at once", "late"))
+        assert same(one, other)
+        assert adapter_bytes(tmp_path / "late", step) == adapter_bytes(tmp_path / "at once", step)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_a_training_that_went_on(
+    make_spec, make_trainer, tmp_path, monkeypatch
+) -> None:
+    def full(*arguments: Any) -> Path:
+        raise RunFolderError("The disk is full.")
+
+    monkeypatch.setattr(module, "save_checkpoint", full)
+    trainer = make_trainer(make_spec(save={"every": 4}))
+    trainer.runs_ahead = True
+    with pytest.raises(RunFolderError, match="The disk is full"):
+        trainer.fit()
+    assert trainer.step <= 8
 
 
 def test_a_step_that_diverged_and_is_told_late_leaves_no_checkpoint(make_spec, make_trainer, tmp_path) -> None:

@@ -206,7 +206,7 @@ def _keep_outputs(made: Plan, told: Told, run_dir: Path, lora: Path, folder: Pat
     kept, problems = keep_checkpoints(told.checkpoints, run_dir, lora, made.spec.lora.effective_alpha, folder)
     last = told.steps[-1].step if told.steps else made.spec.train.steps
     points = [
-        {"file": kept[event.step].name, "step": event.step, "train_s": round(told.trained_until(event.time), 3)}
+        {"file": kept[event.step].name, "step": event.step, "train_s": round(told.trained_at(event), 3)}
         for event in told.checkpoints
         if event.step in kept and event.step < last
     ]

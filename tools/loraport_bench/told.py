@@ -43,6 +43,11 @@ class Told:
         """Seconds of training up to a moment."""
         return sum(max(0.0, min(end, moment) - start) for name, start, end in self.spans if name == "train")
 
+    def trained_at(self, checkpoint: events.Checkpoint) -> float:
+        """Seconds of training up to the step of a checkpoint, which may be told while training goes on."""
+        ended = (step.time for step in self.steps if step.step == checkpoint.step)
+        return self.trained_until(next(ended, checkpoint.time))
+
     def images(self) -> int | None:
         """Images trained, by what the trainer tells of each step; None when it doesn't tell of any."""
         told = [

@@ -291,10 +291,13 @@ def test_a_step_told_while_the_next_is_queued_is_told_before_anything_is_saved(
     late.runs_ahead = True
     tell, taken = late._tell, []
     late._tell = lambda step: (taken.append((step.step, late.step)), tell(step))
+    begin, told_before = late._writer.begin, []
+    late._writer.begin = lambda save: (told_before.append(told(late, Step)[-1].step), begin(save))
     late.fit()
     assert taken == [(n, n) for n in range(1, 11)], "in the forward pass of the next step, so before that one counts"
     order = [(type(event), event.step) for event in late.events if isinstance(event, Step | Checkpoint)]
-    for saved in (4, 8, 10):
+    assert told_before == [4, 8, 10]
+    for saved in told_before:
         assert order.index((Checkpoint, saved)) > order.index((Step, saved))
     assert order[-1] == (Checkpoint, 10)
     assert adapter_bytes(tmp_path / "late", 10) == adapter_bytes(tmp_path / "at once", 10)
